@@ -1,0 +1,545 @@
+"""Rows of JSON -> a tokenized corpus -> packed micro-batches, in an order that is a function of (seed, epoch).
+
+    {"conversations": ["Hi", "Hello."]}  ─ parse ─►  [("user", "Hi"), ("assistant", "Hello.")]
+      ─ template ─►  BOS │ User: Hi ⏎⏎ Assistant: │  Hello. │ <|end_of_text|>
+                          one string, tokenized     apart     one id
+      kind             TEMPLATE  PROMPT  TEMPLATE   RESPONSE   END            trained on: RESPONSE and END
+
+A prompt and its template go through the tokenizer as one string, as they do when the model is used; a response is
+tokenized apart, so no token straddles the seam. Text never becomes a special token, whatever a row spells.
+
+A corpus is three flat arrays and knows no padding. A batch is a row of whole samples end to end; targets, loss mask and
+importance are already shifted, so position i of each speaks of the token that position i predicts.
+
+T positions of a packed row, N samples.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from model import Layout, read_json, read_tensor, weight_files, write_json
+
+TEMPLATE, PROMPT, RESPONSE, END, SPECIAL = range(5)  # what a piece of text is; SPECIAL is stored as TEMPLATE
+Turns = list[tuple[str, str | None]]  # (role, text); None: this turn is still to be written
+Pieces = Iterator[tuple[int, str]]  # (kind, text)
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: str | Path) -> list[tuple[str, dict]]:
+    """(where, row) for each object of a JSON array or of JSON lines, either one perhaps gzipped; `where` is "file:line".
+
+    Raises:
+        ValueError: naming the file, and the line where there is one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; --data takes one JSON or JSONL file, each also .gz")
+    raw = path.read_bytes()
+    if raw[:2] == b"\x1f\x8b":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as e:
+            raise ValueError(f"{path}: not a whole gzip file ({e}); is the download complete?") from e
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = raw[: e.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{line}: byte 0x{raw[e.start]:02x} is not UTF-8; convert the file: iconv -f latin1 -t utf-8") from e
+    if text.lstrip().startswith("["):
+        try:
+            rows = [(f"{path}: item {i}", row) for i, row in enumerate(json.loads(text), 1)]
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{path}:{e.lineno}: not JSON ({e.msg})") from e
+    else:
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON strings may hold U+2028
+            if line.strip():
+                try:
+                    rows.append((f"{path}:{number}", json.loads(line)))
+                except json.JSONDecodeError as e:
+                    raise ValueError(f"{path}:{number}: not JSON ({e.msg} at column {e.colno}); expected one object a line") from e
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: {type(row).__name__}, expected an object")
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    return rows
+
+
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+
+def parse(where: str, row: dict) -> tuple[str, Turns]:
+    """(format, turns) of one row; the format is "dialogue", "alpaca" or "text".
+
+    Raises:
+        ValueError: no known set of fields, or a field of the wrong type.
+    """
+
+    def text(value, name: str) -> str:
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: {name} is {type(value).__name__}, expected a string")
+        return value
+
+    def tagged(turns: list, field: str, role_key: str, text_key: str) -> Turns:
+        out = []
+        for i, turn in enumerate(turns):
+            if not isinstance(turn, dict) or ROLES.get(turn.get(role_key)) is None or text_key not in turn:
+                raise ValueError(
+                    f"{where}: {field}[{i}] is {json.dumps(turn)[:60]}, expected an object with {role_key} "
+                    f"({', '.join(ROLES)}) and {text_key}"
+                )
+            out.append((ROLES[turn[role_key]], text(turn[text_key], f"{field}[{i}].{text_key}")))
+        return out
+
+    for name in ("conversations", "messages"):
+        if name in row:
+            turns = row[name]
+            if not isinstance(turns, list) or not turns:
+                raise ValueError(f"{where}: {name} is {json.dumps(turns)[:60]}, expected a list of turns")
+            if name == "messages":
+                return "dialogue", tagged(turns, name, "role", "content")
+            if isinstance(turns[0], dict):
+                return "dialogue", tagged(turns, name, "from", "value")
+            return "dialogue", [(("user", "assistant")[i % 2], text(t, f"{name}[{i}]")) for i, t in enumerate(turns)]
+    if "instruction" in row and "output" in row:
+        given = text(row.get("input", ""), "input")
+        turns = [("user", text(row["instruction"], "instruction")), ("input", given), ("assistant", text(row["output"], "output"))]
+        return "alpaca", [turn for turn in turns if turn != ("input", "")]
+    if "prompt" in row and "completion" in row:
+        return "dialogue", [("user", text(row["prompt"], "prompt")), ("assistant", text(row["completion"], "completion"))]
+    if "text" in row:
+        return "text", [("assistant", text(row["text"], "text"))]
+    raise ValueError(
+        f"{where}: fields {', '.join(row) or 'none'}; expected conversations (LIMA, ShareGPT), messages, instruction and output "
+        "(Alpaca), prompt and completion, or text"
+    )
+
+
+# ---- templates -----------------------------------------------------------------------------------------------------
+
+
+def plain(turns: Turns) -> Pieces:
+    """Appendix I's form: "User: …", a blank line, "Assistant: …", each answer closed by the end token."""
+    for role, text in with_input(turns):
+        if role == "assistant":
+            yield TEMPLATE, "Assistant:"
+            yield from answer(text, " ", "<|end_of_text|>")
+        else:
+            yield TEMPLATE, f"{role.capitalize()}: "
+            yield PROMPT, text
+            yield TEMPLATE, "\n\n"
+
+
+def alpaca(turns: Turns) -> Pieces:
+    """Stanford's two prompts: one instruction, perhaps with an input, one answer."""
+    (_, instruction), *given, (_, output) = turns
+    yield TEMPLATE, "Below is an instruction that describes a task" + (", paired with an input that provides further context" if given else "")
+    yield TEMPLATE, ". Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    yield PROMPT, instruction
+    for _, text in given:
+        yield TEMPLATE, "\n\n### Input:\n"
+        yield PROMPT, text
+    yield TEMPLATE, "\n\n### Response:"
+    yield from answer(output, "", "<|end_of_text|>")
+
+
+def llama3(turns: Turns) -> Pieces:
+    """Llama 3's headers; only for checkpoints whose rows for them are trained (`require_trained_headers`)."""
+    for role, text in with_input(turns):
+        yield SPECIAL, "<|start_header_id|>"
+        yield TEMPLATE, role
+        yield SPECIAL, "<|end_header_id|>"
+        yield TEMPLATE, "\n\n"
+        if role == "assistant":
+            yield from answer(text and text.strip(), "", "<|eot_id|>")
+        else:
+            yield PROMPT, text.strip()
+            yield SPECIAL, "<|eot_id|>"
+
+
+def text(turns: Turns) -> Pieces:
+    """Plain text: every token is trained on."""
+    for _, content in turns:
+        yield from answer(content, "", "<|end_of_text|>")
+
+
+def answer(content: str | None, lead: str, end: str) -> Pieces:
+    if content is not None:
+        yield RESPONSE, lead + content
+        yield END, end
+
+
+def with_input(turns: Turns) -> Turns:
+    """Alpaca's input, told after the instruction in the same user turn."""
+    if len(turns) > 1 and turns[1][0] == "input":
+        return [("user", f"{turns[0][1]}\n\n{turns[1][1]}"), *turns[2:]]
+    return turns
+
+
+TEMPLATES: dict[str, Callable[[Turns], Pieces]] = {"plain": plain, "alpaca": alpaca, "llama3": llama3, "text": text}
+AUTO = {"dialogue": "plain", "alpaca": "alpaca", "text": "text"}
+
+CHAT_TEMPLATES = {  # the same text in Jinja, saved with the model; transformers' apply_chat_template reads it
+    "plain": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}Assistant: {{ m['content'] }}{{ eos_token }}"
+        "{% else %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}"
+    ),
+    "alpaca": (
+        "{{ bos_token }}Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\n{{ messages[0]['content'] }}\n\n### Response:"
+        "{% for m in messages[1:] %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    ),
+    "llama3": (
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>"
+        "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    ),
+}
+
+
+# ---- tokens --------------------------------------------------------------------------------------------------------
+
+
+class Tokenizer:
+    """A model folder's tokenizer.json, with the ids that begin and end a document.
+
+    Raises:
+        ValueError: no readable tokenizer.json, no begin or end token, or more tokens than the model has embeddings.
+    """
+
+    def __init__(self, folder: str | Path, vocab_size: int):
+        self.folder = Path(folder)
+        path = self.folder / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"{folder}: no tokenizer.json here; copy the one the model was trained with")
+        try:
+            self.backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as e:  # the library raises bare Exception
+            raise ValueError(f"{path}: not a tokenizers file ({e})") from e
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = True  # "<|end_of_text|>" in a row is text, not an end
+        self.config = read_json(config) if (config := self.folder / "tokenizer_config.json").is_file() else {}
+        size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        if size > vocab_size:
+            raise ValueError(f"{path}: ids up to {size - 1}, but the model embeds {vocab_size} tokens; do they belong together?")
+        self.bos_token = self._name("bos_token", "<|begin_of_text|>")
+        self.end_token = self._name("eos_token", "<|end_of_text|>")
+        self.bos, self.end = self.id(self.bos_token), self.id(self.end_token)
+        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def _name(self, role: str, llama3: str) -> str:
+        """Llama 3's own token where there is one, else what tokenizer_config.json calls it."""
+        named = self.config.get(role)
+        named = named.get("content") if isinstance(named, dict) else named
+        for token in (llama3, named):
+            if token is not None and self.backend.token_to_id(token) is not None:
+                return token
+        raise ValueError(f"{self.folder}: no {role}: neither {llama3} nor tokenizer_config.json's {role} ({named}) is in tokenizer.json")
+
+    def id(self, token: str) -> int:
+        if token == "<|end_of_text|>" and self.backend.token_to_id(token) is None:
+            token = self.end_token
+        found = self.backend.token_to_id(token)
+        if found is None:
+            raise ValueError(f"{self.folder}: the tokenizer has no {token}; use another --template")
+        return found
+
+    def prompt(self, template: str, turns: Turns) -> list[int]:
+        """Token ids of a conversation whose last turn, (“assistant”, None), is to be generated."""
+        ids, _ = next(tokenize([list(TEMPLATES[template](turns))], self))
+        return ids.tolist()
+
+    def decode(self, ids: list[int]) -> str:
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+    def stop_ids(self, template: str) -> list[int]:
+        """Every token that ends an answer under `template`."""
+        return sorted({self.end, self.id("<|eot_id|>")} if template == "llama3" else {self.end})
+
+    def save(self, folder: str | Path, template: str) -> None:
+        """tokenizer.json as it is; tokenizer_config.json with the chat template; generation_config.json with the end tokens."""
+        folder = Path(folder)
+        (folder / "tokenizer.json").write_bytes((self.folder / "tokenizer.json").read_bytes())
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self.config}
+        config |= {"bos_token": self.bos_token, "eos_token": "<|eot_id|>" if template == "llama3" else self.end_token}
+        config.pop("chat_template", None)
+        if template in CHAT_TEMPLATES:
+            config["chat_template"] = CHAT_TEMPLATES[template]
+        write_json(folder / "tokenizer_config.json", config)
+        write_json(folder / "generation_config.json", {"bos_token_id": self.bos, "eos_token_id": self.stop_ids(template)})
+
+
+def tokenize(documents: list[list[tuple[int, str]]], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rendered documents -> (ids int32, kind uint8) of each, with its BOS; the tokenizer runs on all cores."""
+    prompts, responses = [], []
+    for pieces in documents:
+        open_prompt = False
+        for kind, piece in pieces:
+            if kind in (TEMPLATE, PROMPT):
+                if not open_prompt:
+                    prompts.append([])
+                prompts[-1].append((kind, piece))
+            elif kind == RESPONSE:
+                responses.append(piece)
+            open_prompt = kind in (TEMPLATE, PROMPT)
+    encoded_prompts = iter(tokenizer.backend.encode_batch(["".join(p for _, p in pieces) for pieces in prompts], add_special_tokens=False))
+    encoded_responses = iter(tokenizer.backend.encode_batch_fast(responses, add_special_tokens=False))
+    spelled = iter(prompts)
+    for pieces in documents:
+        parts, open_prompt = [([tokenizer.bos], TEMPLATE)], False
+        for kind, piece in pieces:
+            if kind in (TEMPLATE, PROMPT):
+                if not open_prompt:
+                    parts.append(label_prompt(next(encoded_prompts), next(spelled)))
+            elif kind == RESPONSE:
+                parts.append((next(encoded_responses).ids, RESPONSE))
+            else:
+                parts.append(([tokenizer.id(piece)], END if kind == END else TEMPLATE))
+            open_prompt = kind in (TEMPLATE, PROMPT)
+        ids = np.concatenate([np.asarray(ids, np.int32) for ids, _ in parts])
+        yield ids, np.concatenate([np.broadcast_to(np.asarray(kind, np.uint8), len(ids)) for ids, kind in parts])
+
+
+def label_prompt(encoding: tokenizers.Encoding, pieces: list[tuple[int, str]]) -> tuple[list[int], np.ndarray]:
+    """(ids, kind) of one prompt string: tokens that hold any character of the row's text are PROMPT, the others TEMPLATE."""
+    kind = np.full(len(encoding.ids), TEMPLATE, np.uint8)
+    start = 0
+    for piece_kind, piece in pieces:
+        end = start + len(piece)
+        if piece_kind == PROMPT:
+            first = next((t for c in range(start, end) if (t := encoding.char_to_token(c)) is not None), None)
+            last = next((t for c in range(end - 1, start - 1, -1) if (t := encoding.char_to_token(c)) is not None), None)
+            if first is not None:
+                kind[first : last + 1] = PROMPT
+        start = end
+    return encoding.ids, kind
+
+
+@dataclass
+class Corpus:
+    """N tokenized samples, end to end, and what became of the rows."""
+
+    ids: np.ndarray  # (tokens,) int32
+    kind: np.ndarray  # (tokens,) uint8, TEMPLATE, PROMPT, RESPONSE or END
+    starts: np.ndarray  # (N + 1,) int64, sample i is starts[i]:starts[i + 1]
+    template: str
+    counts: dict[str, int] = field(default_factory=dict)  # "rows", "kept", and a line for each thing that befell some
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def loss_mask(self) -> np.ndarray:
+        """(tokens,) bool, True on the tokens that are trained on."""
+        return self.kind >= RESPONSE
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.starts)
+
+    @property
+    def doc_ids(self) -> np.ndarray:
+        """(tokens,) int64, the sample each token belongs to."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+
+def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: int, cache: Path | None = None) -> Corpus:
+    """Tokenize a data file, or read what an earlier run left in the folder `cache`.
+
+    A sample is cut at `context` tokens, from its end; an end token that is cut away stays away. Plain text is cut into
+    pieces instead, each with a BOS of its own, so that every token of it is trained on once.
+
+    Raises:
+        ValueError: naming file and line; also when no row is usable.
+    """
+    path = Path(path)
+    stored = None
+    if cache is not None:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        recipe = json.dumps([digest, tokenizer.digest, tokenizer.bos, tokenizer.end, template, context, source_digest()])
+        stored = cache / f"tokens-{hashlib.sha256(recipe.encode()).hexdigest()[:24]}.safetensors"
+        if stored.is_file():
+            try:
+                with safe_open(stored, framework="np") as f:
+                    arrays = {name: f.get_tensor(name) for name in ("ids", "kind", "starts")}
+                    return Corpus(**arrays, **json.loads(f.metadata()["corpus"]))
+            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+                print(f"{stored}: damaged ({e}); tokenizing again")
+
+    rows = read_rows(path)
+    parsed = [(where, *parse(where, row)) for where, row in rows]
+    _, kind_of_data, _ = parsed[0]
+    template = AUTO[kind_of_data] if template == "auto" else template
+    counts, documents = Counter(), []
+    for where, found, turns in parsed:
+        if found != kind_of_data:
+            raise ValueError(f"{where}: a row of {found}, but the file began with {kind_of_data}; split the file by kind")
+        require_fit(where, found, turns, template)
+        while turns and turns[-1][0] != "assistant":
+            turns = turns[:-1]
+            counts["unanswered last turns left out"] += bool(turns)
+        if not turns:
+            counts["dropped: no response"] += 1
+        elif not all(content.strip() for role, content in turns if role == "assistant"):
+            counts["dropped: empty response"] += 1
+        else:
+            documents.append(list(TEMPLATES[template](turns)))
+
+    samples = []
+    with tqdm(total=len(documents), desc="tokenizing", unit="row", disable=None, leave=False) as bar:
+        for chunk in chunks(documents, characters=4_000_000):
+            for ids, kind in tokenize(chunk, tokenizer):
+                if template == "text":
+                    samples += cut(ids, kind, context)
+                else:
+                    counts["cut at the context length"] += len(ids) > context
+                    ids, kind = ids[:context], kind[:context]
+                    if (kind >= RESPONSE).any():
+                        samples.append((ids, kind))
+                    else:
+                        counts["dropped: response cut away"] += 1
+            bar.update(len(chunk))
+    if not samples:
+        why = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+        raise ValueError(f"{path}: none of {len(rows)} rows is usable ({why}); each needs a response, within --context {context} tokens")
+    corpus = Corpus(
+        np.concatenate([ids for ids, _ in samples]),
+        np.concatenate([kind for _, kind in samples]),
+        np.concatenate([[0], np.cumsum([len(ids) for ids, _ in samples])]).astype(np.int64),
+        template,
+        {"rows": len(rows), "kept": len(samples), **{what: n for what, n in sorted(counts.items()) if n}},
+    )
+    if stored is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        part = stored.with_suffix(f".{os.getpid()}.part")
+        about = json.dumps({"template": corpus.template, "counts": corpus.counts})
+        save_file({"ids": corpus.ids, "kind": corpus.kind, "starts": corpus.starts}, part, metadata={"corpus": about})
+        part.replace(stored)
+    return corpus
+
+
+def source_digest() -> str:
+    """This file's own text is part of the cache's key: an edited template never meets tokens of the old one."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def require_fit(where: str, found: str, turns: Turns, template: str) -> None:
+    """Raise where a row cannot be told in the template."""
+    if (found == "text") != (template == "text"):
+        raise ValueError(f"{where}: a row of {found} does not fit --template {template}; use --template {AUTO[found]}")
+    roles = [role for role, _ in turns]
+    if template == "alpaca" and roles[:1] + [r for r in roles[1:] if r != "input"] not in (["user", "assistant"], ["user"]):
+        raise ValueError(f"{where}: {', '.join(roles)}: --template alpaca holds one instruction and one answer; use --template plain")
+
+
+def require_trained_headers(folder: Path, tokenizer: Tokenizer) -> None:
+    """Refuse the llama3 template on a base model: its embedding rows for the headers were never trained (norm far below the median)."""
+    files = weight_files(folder)
+    if not files:
+        return  # fresh weights: every row is untrained alike
+    norms = read_tensor(files["model.embed_tokens.weight"], "model.embed_tokens.weight").float().norm(dim=1)  # (V,)
+    median = float(norms.median())
+    for token in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"):
+        norm = float(norms[tokenizer.id(token)])
+        if norm < median / 2:
+            raise ValueError(
+                f"{folder}: the embedding of {token} has norm {norm:.3g}, the median row {median:.3g}: this base model never trained it, "
+                "and at fine-tuning's learning rates never will; use --template plain, or an instruction-tuned checkpoint"
+            )
+
+
+def cut(ids: np.ndarray, kind: np.ndarray, context: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """A long text as pieces of at most `context` tokens, each with the BOS that `ids` begins with."""
+    at = range(1, len(ids), context - 1)
+    return [tuple(np.concatenate([a[:1], a[i : i + context - 1]]) for a in (ids, kind)) for i in at]
+
+
+def chunks(documents: list, characters: int) -> Iterator[list]:
+    """Runs of documents with about so many characters: enough to feed every core, little enough to hold."""
+    chunk, size = [], 0
+    for document in documents:
+        chunk.append(document)
+        size += sum(len(piece) for _, piece in document)
+        if size >= characters:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+# ---- batches -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Whole samples end to end in one row of T positions; every field but `tokens` speaks of the token predicted there."""
+
+    tokens: Tensor  # (1, T) int64, what the model reads
+    targets: Tensor  # (T,) int64, the next token of the same sample
+    loss_mask: Tensor  # (T,) bool, True where the target is trained on
+    important: Tensor  # (T,) bool, the static grouper's verdict on the target
+    doc_ids: Tensor  # (T,) int64, 0 ... samples - 1, never falling
+    layout: Layout
+
+    def to(self, device) -> "Batch":
+        tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens", "targets", "loss_mask", "important", "doc_ids")}
+        return Batch(**tensors, layout=replace(self.layout, positions=self.layout.positions.to(device), ends=self.layout.ends.to(device)))
+
+
+def epoch_order(samples: int, batch_size: int, seed: int, epoch: int, drop_last: bool) -> list[np.ndarray]:
+    """The sample numbers of each step of an epoch: a function of (seed, epoch) alone, so a resumed run meets the same ones."""
+    order = np.random.default_rng((seed, epoch)).permutation(samples)
+    stop = samples - samples % batch_size if drop_last else samples
+    return [order[i : min(i + batch_size, stop)] for i in range(0, stop, batch_size)]
+
+
+def micro_batches(corpus: Corpus, important: np.ndarray, samples: np.ndarray, max_tokens: int) -> list[Batch]:
+    """One step's samples as few packed rows of at most `max_tokens` positions: longest first, each into the first row it fits.
+
+    Args:
+        important: (tokens,) bool, aligned with `corpus.ids`.
+    """
+    rows, room = [], []
+    for i in sorted(samples.tolist(), key=lambda i: (-corpus.lengths_list[i], i)):
+        need = corpus.lengths_list[i] - 1  # the last token is only ever a target
+        row = next((r for r, left in enumerate(room) if left >= need), None)
+        if row is None:
+            rows.append([])
+            room.append(max_tokens)
+            row = len(rows) - 1
+        rows[row].append(i)
+        room[row] -= need
+    return [pack(corpus, important, row) for row in rows]
+
+
+def pack(corpus: Corpus, important: np.ndarray, samples: list[int]) -> Batch:
+    lengths = corpus.lengths[samples] - 1  # (samples,) positions
+    doc_ids = np.repeat(np.arange(len(samples)), lengths)  # (T,)
+    at = np.arange(len(doc_ids)) + (corpus.starts[samples] - np.cumsum(lengths) + lengths)[doc_ids]  # (T,) into the corpus
+    return Batch(
+        tokens=torch.from_numpy(corpus.ids[at].astype(np.int64))[None],
+        targets=torch.from_numpy(corpus.ids[at + 1].astype(np.int64)),
+        loss_mask=torch.from_numpy(corpus.kind[at + 1] >= RESPONSE),
+        important=torch.from_numpy(important[at + 1]),
+        doc_ids=torch.from_numpy(doc_ids),
+        layout=Layout.packed(lengths.tolist()),
+    )

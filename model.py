@@ -1,0 +1,492 @@
+"""Llama 3 in the published (Hub) layout: packed training forward, cached generation, safetensors in and out.
+
+Knows no loss and no rank. `forward` returns hidden states; the caller applies the head (`model.lm_head`).
+
+    tokens (B, T) ─ embed ─► x (B, T, D) ─ [ + attention(norm(x)) ─ + mlp(norm(x)) ] × layers ─ norm ─► hidden (B, T, D)
+
+B sequences, T positions, V vocabulary, D model width, H query heads, K key/value heads, hd head width, F feed-forward
+width, S cache slots. A packed row is (1, T): documents end to end, each with positions from 0, none seeing another.
+
+Parameters are float32 (or `param_dtype`); every matrix is cast to the compute dtype where it is used, and the residual
+stream runs in it; norms, rotary angles and softmax run in float32.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field, replace
+from itertools import repeat
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# ---- configuration -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The architecture, under the names of a published `config.json`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3's long-context scaling, or None
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    raw: dict = field(default_factory=dict, repr=False, compare=False)  # the file as it was read; saved back with the weights
+
+    @classmethod
+    def from_dict(cls, raw: dict, source: str = "config") -> "LlamaConfig":
+        """Read a published config, in either spelling of its rotary settings.
+
+        Raises:
+            ValueError: not a Llama, or one with a feature this forward does not have; `source` names the file.
+        """
+        if raw.get("model_type") != "llama":
+            raise ValueError(f"{source}: model_type is {raw.get('model_type')!r}, expected 'llama': only Llama models are read here")
+        for name, only in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False), ("quantization_config", None)):
+            if raw.get(name, only) != only:
+                raise ValueError(f"{source}: {name} is {raw[name]!r}, but this Llama has {name} = {only!r} only")
+        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        if missing := [name for name in required if name not in raw]:
+            raise ValueError(f"{source}: {', '.join(missing)} missing; is this the config.json of the whole model?")
+        rope = {k: v for k, v in (raw.get("rope_parameters") or raw.get("rope_scaling") or {}).items() if v is not None}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise ValueError(f"{source}: rotary scaling is {kind!r}, expected 'default' or 'llama3'")
+        heads = raw["num_attention_heads"]
+        optional = ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "initializer_range")
+        cfg = cls(
+            **{name: raw[name] for name in required},
+            **{name: raw[name] for name in optional if raw.get(name) is not None},
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+            rope_scaling=rope if kind == "llama3" else None,
+            raw=raw,
+        )
+        if heads % cfg.num_key_value_heads:
+            raise ValueError(f"{source}: {heads} query heads do not divide into {cfg.num_key_value_heads} key/value heads")
+        return cfg
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "LlamaConfig":
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise ValueError(f"{folder}: no config.json here; expected a model folder in the published (Hub) layout")
+        return cls.from_dict(read_json(path), str(path))
+
+    def inv_freq(self, device=None) -> Tensor:
+        """Rotary frequencies, (hd/2,) float32 radians per position, with Llama 3's scaling where the config asks for it."""
+        freq = self.rope_theta ** -(torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim)
+        if self.rope_scaling is None:
+            return freq
+        scale = self.rope_scaling
+        low, high = scale["low_freq_factor"], scale["high_freq_factor"]
+        turns = scale["original_max_position_embeddings"] * freq / (2 * math.pi)  # within the context it was trained with
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # fast frequencies stay, slow ones stretch, those between blend
+        return keep * freq + (1 - keep) * freq / scale["factor"]
+
+
+# ---- attention over packed documents -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which positions a call holds, and which keys each may see."""
+
+    positions: Tensor  # (B, T) int64, restarting at 0 in every document
+    lengths: tuple[int, ...] = ()  # a packed row's documents, in tokens, end to end; () when decoding
+    ends: Tensor | None = None  # (documents + 1,) int32, their boundaries, for the variable-length kernel
+    sequence: Tensor | None = None  # (B * T,) int64, the cache row of each position; None without a cache
+    caches: tuple | None = None  # per layer (keys, values), each (B, K, S, hd)
+    cache: tuple | None = None  # the one of the layer at work
+
+    @classmethod
+    def packed(cls, lengths: list[int], device=None) -> "Layout":
+        """Documents of `lengths` tokens end to end in one row."""
+        count = torch.tensor(lengths)
+        ends = F.pad(count.cumsum(0), (1, 0))  # (documents + 1,)
+        positions = torch.arange(int(ends[-1])) - ends[:-1].repeat_interleave(count)  # (T,)
+        return cls(positions[None].to(device), tuple(lengths), ends.int().to(device))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Causal attention within each document; (B, H, T, hd) queries, (B, K, T, hd) keys and values -> (B, H, T, hd).
+
+    The only place that knows documents, cache and device. A document's result is computed from its own rows alone, so
+    what lies beside it in the packed row cannot change a bit of it.
+    """
+    if layout.cache is not None:
+        keys, values = layout.cache
+        at = layout.sequence, slice(None), layout.positions.flatten()
+        keys[at], values[at] = k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)  # (B * T, K, hd)
+        if not layout.lengths:  # decoding: one new token a sequence, which sees every slot up to its own
+            visible = torch.arange(keys.shape[2], device=q.device) <= layout.positions[:, None, :, None]  # (B, 1, T, S)
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible, enable_gqa=True)
+    if q.is_cuda and q.dtype != torch.float32:
+        from torch.nn.attention.varlen import varlen_attn
+
+        rows = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, H or K, hd)
+        longest = max(layout.lengths)
+        y = varlen_attn(*rows, layout.ends, layout.ends, longest, longest, window_size=(-1, 0), enable_gqa=True)
+        return y.transpose(0, 1)[None]
+    documents = zip(*(x.split(layout.lengths, dim=2) for x in (q, k, v)))
+    return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in documents], dim=2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn (B, heads, T, hd) by the angles of its positions; the two halves of a head are the pair's coordinates."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+# ---- the network ---------------------------------------------------------------------------------------------------
+
+
+class _CastLinear(torch.autograd.Function):
+    """x Wᵀ with W cast to x's dtype in forward and again in backward: autograd alone would keep every cast weight
+    alive until its backward, a second copy of the model."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
+        return grad @ weight.to(x.dtype), grad_weight.to(weight.dtype)
+
+
+class Linear(nn.Linear):
+    """A matrix without bias, stored in the parameters' dtype, used in its input's."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) if self.weight.dtype == x.dtype else _CastLinear.apply(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in float32."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention, (B, T, D) -> (B, T, D): H query heads share K key/value heads."""
+
+    def __init__(self, cfg: LlamaConfig):
+        super().__init__()
+        D, H, K, hd = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+        self.head_dim = hd
+        self.q_proj = Linear(D, H * hd)  # names are the published weights',
+        self.k_proj = Linear(D, K * hd)  # so loading needs no table
+        self.v_proj = Linear(D, K * hd)
+        self.o_proj = Linear(H * hd, D)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, hd)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, hd)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, hd)
+        y = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, layout)  # (B, H, T, hd)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, cfg: LlamaConfig):
+        super().__init__()
+        D, width = cfg.hidden_size, cfg.intermediate_size
+        self.gate_proj = Linear(D, width)
+        self.up_proj = Linear(D, width)
+        self.down_proj = Linear(width, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: LlamaConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.self_attn = Attention(cfg)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    """Everything but the head: what the published names call `model.`"""
+
+    def __init__(self, cfg: LlamaConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.num_hidden_layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """Llama 3. Build with `from_pretrained`, or on `meta` and fill the parameters in place."""
+
+    def __init__(self, cfg: LlamaConfig, compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.cfg, self.compute_dtype = cfg, compute_dtype
+        self.model = Backbone(cfg)
+        self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size)
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the head the embedding itself, where the config says so (again after moving off `meta`, which splits them)."""
+        if self.cfg.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """Hidden states after the last norm, (B, T, D) in the compute dtype, of (B, T) int64 tokens."""
+        angles = layout.positions[..., None].float() * self.cfg.inv_freq(tokens.device)  # (B, T, hd/2)
+        cos, sin = (f(angles)[:, None].to(self.compute_dtype) for f in (torch.cos, torch.sin))  # (B, 1, T, hd/2)
+        x = self.model.embed_tokens(tokens).to(self.compute_dtype)  # (B, T, D)
+        for block, cache in zip(self.model.layers, layout.caches or repeat(None)):
+            x = block(x, cos, sin, layout if cache is None else replace(layout, cache=cache))
+        return self.model.norm(x)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        compute_dtype: torch.dtype = torch.float32,
+        param_dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+    ) -> "Llama":
+        """A model from a folder in the published layout, or from a Hub name such as "meta-llama/Llama-3.2-3B".
+
+        A folder with a config and no weights gives fresh ones, drawn from `seed`.
+
+        Raises:
+            ValueError: naming the file or tensor: not a Llama, a damaged file, a missing or misshapen tensor, no safetensors.
+        """
+        folder = resolve(name)
+        with torch.device("meta"):
+            model = cls(LlamaConfig.from_folder(folder), compute_dtype).to(param_dtype)
+        model.to_empty(device=device)
+        model.tie()
+        files = weight_files(folder)
+        return model.load(files) if files else model.init_weights(seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> "Llama":
+        """Fresh weights: matrices normal with the config's `initializer_range`, norms 1; the same on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        for p in self.parameters():
+            if p.ndim == 1:
+                p.fill_(1.0)
+            else:
+                p.copy_(torch.empty(p.shape).normal_(0, self.cfg.initializer_range, generator=generator))
+        return self
+
+    @torch.no_grad()
+    def load(self, files: dict[str, Path]) -> "Llama":
+        """Fill every parameter in place, tensor by tensor, from `files` (tensor name -> safetensors file)."""
+        wanted = dict(self.named_parameters())  # a tied head is one parameter, under the embedding's name
+        where = next(iter(files.values())).parent
+        if missing := sorted(wanted.keys() - files.keys()):
+            found = ", ".join(sorted(files.keys() - wanted.keys())[:3])
+            meta = "; these are in Meta's layout, this loader reads Hugging Face's" if "tok_embeddings.weight" in files else ""
+            raise ValueError(
+                f"{where}: {len(missing)} of {len(wanted)} tensors missing ({', '.join(missing[:3])}{', …' * (len(missing) > 3)})"
+                + (f"; found {found}" if found else "") + meta
+            )
+        extra = files.keys() - wanted.keys() - {"lm_head.weight"}
+        if extra := sorted(name for name in extra if not name.endswith("rotary_emb.inv_freq")):
+            raise ValueError(f"{where}: {len(extra)} tensors this Llama does not have ({', '.join(extra[:3])}); does config.json belong to these weights?")
+        for name, path in files.items():
+            if name not in wanted and name != "lm_head.weight":
+                continue
+            param = wanted.get(name, self.lm_head.weight)
+            tensor = read_tensor(path, name)
+            if tensor.shape != param.shape:
+                raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, but config.json makes it {tuple(param.shape)}")
+            if name in wanted:
+                param.copy_(tensor)
+            elif not torch.equal(tensor, read_tensor(files["model.embed_tokens.weight"], "model.embed_tokens.weight")):
+                raise ValueError(f"{path}: lm_head.weight differs from the embedding, but config.json says they are tied (tie_word_embeddings)")
+        return self
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9) -> None:
+        """Write config.json and the weights in `dtype` (None: as they are), sharded with an index above `max_shard_bytes`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        shards, size, total = [{}], 0, 0
+        for name, p in self.named_parameters():
+            nbytes = p.numel() * (dtype or p.dtype).itemsize
+            if size and size + nbytes > max_shard_bytes:
+                shards, size = [*shards, {}], 0
+            shards[-1][name] = p
+            size, total = size + nbytes, total + nbytes
+        names = ["model.safetensors"]
+        if len(shards) > 1:
+            names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+            index = {"metadata": {"total_size": total}, "weight_map": {t: n for n, shard in zip(names, shards) for t in shard}}
+            write_json(folder / "model.safetensors.index.json", index)
+        for name, shard in zip(names, shards):  # one shard at a time is held in `dtype`
+            tensors = {t: p.detach().to("cpu", dtype or p.dtype).contiguous() for t, p in shard.items()}
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+        saved_dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        raw = {k: v for k, v in self.cfg.raw.items() if k not in ("torch_dtype", "dtype")}
+        write_json(folder / "config.json", {"architectures": ["LlamaForCausalLM"], **raw, "torch_dtype": saved_dtype})
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop_ids: tuple[int, ...] = (),
+        seed: int = 0,
+    ) -> list[list[int]]:
+        """Continue each prompt; returns the new tokens, without the stop token that ended them.
+
+        Args:
+            prompts:     token ids, of any lengths; none may be empty.
+            temperature: 0 is greedy; otherwise the logits' divisor before sampling.
+            top_p:       sample from the smallest set of tokens that holds this much probability.
+            stop_ids:    tokens that end a sequence.
+        """
+        if not prompts or not all(prompts):
+            raise ValueError("generate needs at least one prompt, each of at least one token (a BOS counts)")
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise ValueError(f"temperature {temperature}, top_p {top_p}: expected temperature >= 0 and 0 < top_p <= 1")
+        device, B, cfg = self.lm_head.weight.device, len(prompts), self.cfg
+        lengths = torch.tensor([len(p) for p in prompts])  # (B,)
+        slots = int(lengths.max()) + max_new_tokens
+        if slots > cfg.max_position_embeddings:
+            raise ValueError(
+                f"{int(lengths.max())} prompt tokens and {max_new_tokens} new ones exceed the model's {cfg.max_position_embeddings} positions"
+            )
+        shape = (B, cfg.num_key_value_heads, slots, cfg.head_dim)
+        caches = tuple(
+            tuple(torch.zeros(shape, dtype=self.compute_dtype, device=device) for _ in range(2)) for _ in self.model.layers
+        )
+        generator = torch.Generator(device).manual_seed(seed)
+        rows = torch.arange(B)
+
+        # The prompts go through as one packed row, which fills the cache; then every sequence grows by a token at a time.
+        layout = replace(Layout.packed(lengths.tolist(), device), sequence=rows.repeat_interleave(lengths).to(device), caches=caches)
+        hidden = self(torch.tensor([sum(prompts, [])], device=device), layout)[0, lengths.cumsum(0) - 1]  # (B, D)
+        rows, position = rows.to(device), lengths.to(device)
+        ended, new = torch.zeros(B, dtype=torch.bool, device=device), []
+        stops = torch.tensor(stop_ids, dtype=torch.int64, device=device)
+        while len(new) < max_new_tokens:
+            token = sample(self.lm_head(hidden).float(), temperature, top_p, generator)  # (B,)
+            ended |= torch.isin(token, stops)
+            new.append(torch.where(ended, -1, token))
+            if ended.all():
+                break
+            hidden = self(token[:, None], Layout(position[:, None], sequence=rows, caches=caches))[:, 0]  # (B, D)
+            position = position + 1
+        return [[t for t in row if t >= 0] for row in torch.stack(new, 1).tolist()] if new else [[] for _ in prompts]
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """One token id for each row of (B, V) logits: (B,)."""
+    if temperature == 0:
+        return logits.argmax(1)
+    p, ids = (logits / temperature).softmax(1).sort(1, descending=True)  # (B, V)
+    p = p * (p.cumsum(1) - p < top_p)  # what stands before a token must leave it room; the first always stays
+    return ids.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def resolve(name: str | Path) -> Path:
+    """The local folder of a model: a path as it is, or a Hub name, downloaded (config, tokenizer and safetensors only)."""
+    if Path(name).is_dir():
+        return Path(name)
+    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise ValueError(f"{name}: no such folder (a Hub name has the form organisation/model)")
+    from huggingface_hub import snapshot_download  # comes with tokenizers
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as e:  # the Hub's client raises many kinds: no network, gated, not found
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ValueError(
+            f"{name}: no such folder, and the Hub did not give it ({reason}). Where there is network: "
+            f'hf download {name} --exclude "original/*"   (Llama is gated: accept its licence on the Hub, then `hf auth login`)'
+        ) from e
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> safetensors file of a model folder; empty when it has no weights at all."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise ValueError(f"{index}: no weight_map; download the index again")
+        if lost := sorted({n for n in names.values() if Path(n).name != n or not (folder / n).is_file()}):
+            raise ValueError(f"{index}: names {', '.join(lost[:3])}, not in this folder; is the download complete?")
+        return {tensor: folder / name for tensor, name in names.items()}
+    single = folder / "model.safetensors"
+    if single.is_file():
+        with open_safetensors(single) as f:
+            return dict.fromkeys(f.keys(), single)
+    if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
+        raise ValueError(f"{folder}: weights only as {pickles[0]}, a pickle, which can run code when opened; convert them to safetensors")
+    return {}
+
+
+def open_safetensors(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path}: not a whole safetensors file ({e}); is the download complete?") from e
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    with open_safetensors(path) as f:
+        try:
+            return f.get_tensor(name)
+        except SafetensorError as e:
+            raise ValueError(f"{path}: cannot read {name} ({e})") from e
+
+
+def read_json(path: Path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ValueError(f"{path}: not readable as JSON ({e})") from e
+
+
+def write_json(path: Path, value) -> None:
+    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,296 @@
+"""model.py: equal to transformers on tiny random Llamas, exact over packed documents, honest about bad folders."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import stories260k
+from model import Layout, Llama, LlamaConfig, weight_files
+
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+TINY = dict(
+    model_type="llama",
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+    rope_theta=10000.0,
+    tie_word_embeddings=True,
+    initializer_range=0.2,  # large, so that a wrong angle or mask moves the logits far
+)
+VARIANTS = {
+    "tied": {},
+    "untied": dict(tie_word_embeddings=False),
+    "one head a group": dict(num_key_value_heads=6),
+    "wide heads": dict(head_dim=16),
+    "llama3 rotary": dict(rope_theta=500.0, rope_scaling=LLAMA3_SCALING, tie_word_embeddings=False),
+    "llama3 rotary, newer spelling": dict(rope_theta=None, rope_parameters={**LLAMA3_SCALING, "rope_theta": 500.0}),
+}
+
+
+def folder_of(tmp_path, **changes):
+    raw = {k: v for k, v in {**TINY, **changes}.items() if v is not None}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    return tmp_path
+
+
+def logits(model, tokens, lengths=None):
+    return model.lm_head(model(tokens[None], Layout.packed(lengths or [len(tokens)])))[0]
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return Llama.from_pretrained(folder_of(tmp_path), seed=3)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_and_gradients_equal_transformers(tmp_path, variant):
+    transformers = pytest.importorskip("transformers")
+    ours = Llama.from_pretrained(folder_of(tmp_path, **VARIANTS[variant]), seed=3)
+    ours.save_pretrained(tmp_path / "b")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32)
+    tokens = torch.randint(97, (120,), generator=torch.Generator().manual_seed(0))
+    a, b = logits(ours, tokens), theirs(tokens[None]).logits[0]
+    assert (a - b).abs().max() <= 1e-4
+    assert a.std() > 0.5, "logits this flat would hide a fault"
+
+    for out in (a, b):
+        torch.nn.functional.cross_entropy(out[:-1], tokens[1:]).backward()
+    names = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        assert (p.grad - names[name].grad).abs().max() <= 1e-4, name
+
+
+@pytest.mark.fast
+def test_a_folder_saved_by_transformers_loads_here(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    cfg = transformers.LlamaConfig(**{**TINY, "rope_parameters": {**LLAMA3_SCALING, "rope_theta": 500.0}})
+    theirs = transformers.LlamaForCausalLM(cfg)
+    theirs.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    tokens = torch.arange(90)
+    assert (logits(Llama.from_pretrained(tmp_path), tokens) - theirs(tokens[None]).logits[0]).abs().max() <= 1e-4
+
+
+@pytest.mark.fast
+def test_a_packed_document_equals_itself_alone_and_no_neighbour_changes_a_bit(tiny):
+    lengths = [7, 1, 40, 23]
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(97, (sum(lengths),), generator=generator)
+    packed = logits(tiny, tokens, lengths).split(lengths)
+    for document, out in zip(tokens.split(lengths), packed):
+        assert (logits(tiny, document) - out).abs().max() <= 1e-5
+
+    others = torch.randint(97, tokens.shape, generator=generator)
+    start = sum(lengths[:2])
+    others[start : start + 40] = tokens[start : start + 40]
+    assert not torch.equal(others, tokens)
+    again = logits(tiny, others, lengths).split(lengths)
+    assert torch.equal(again[2], packed[2])
+    assert not torch.equal(again[3], packed[3])
+
+
+@pytest.mark.fast
+def test_a_later_token_moves_no_earlier_logit(tiny):
+    tokens = torch.arange(50)
+    before = logits(tiny, tokens)
+    tokens[30] = 96
+    after = logits(tiny, tokens)
+    assert torch.equal(before[:30], after[:30]) and not torch.equal(before[30:], after[30:])
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("tied", [True, False])
+def test_save_and_load_keep_every_bit_in_one_file_or_many(tmp_path, tied):
+    (tmp_path / "a").mkdir()
+    model = Llama.from_pretrained(folder_of(tmp_path / "a", tie_word_embeddings=tied), seed=1)
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_bytes=20_000)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    for folder in ("one", "many"):
+        again = Llama.from_pretrained(tmp_path / folder)
+        assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+        assert all(torch.equal(p, dict(again.named_parameters())[n]) for n, p in model.named_parameters())
+    assert ("lm_head.weight" in weight_files(tmp_path / "one")) == (not tied)
+
+
+@pytest.mark.fast
+def test_bf16_compute_keeps_fp32_parameters_and_no_second_copy_of_them(tmp_path):
+    model = Llama.from_pretrained(folder_of(tmp_path), compute_dtype=torch.bfloat16, seed=3)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        hidden = model(torch.arange(60)[None], Layout.packed([60]))
+    assert hidden.dtype == torch.bfloat16
+    hidden.float().square().sum().backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for n, p in model.named_parameters() if p.grad is not None)
+    shapes = {p.shape for p in model.parameters() if p.ndim == 2}
+    assert not [t.shape for t in saved if t.dtype == torch.bfloat16 and (t.shape in shapes or t.mT.shape in shapes)]
+
+    full = Llama.from_pretrained(folder_of(tmp_path), seed=3)(torch.arange(60)[None], Layout.packed([60]))
+    assert (hidden - full).abs().mean() < 0.03 < full.abs().mean()
+
+
+@pytest.mark.fast
+def test_greedy_generation_with_a_cache_equals_running_the_whole_text_again(tiny):
+    prompts = [[5], [8, 13, 21, 34, 55], [1, 2, 3]]
+    new = tiny.generate(prompts, 20)
+    for prompt, out in zip(prompts, new):
+        text = list(prompt)
+        for _ in range(20):
+            text.append(int(logits(tiny, torch.tensor(text))[-1].argmax()))
+        assert out == text[len(prompt) :]
+
+
+@pytest.mark.fast
+def test_generation_stops_at_stop_ids_and_samples_by_seed(tiny):
+    whole = tiny.generate([[5]], 12)[0]
+    assert tiny.generate([[5], [6]], 12, stop_ids=(whole[4],))[0] == whole[: whole.index(whole[4])]
+    hot = [tiny.generate([[5]], 12, temperature=2.0, seed=s)[0] for s in (0, 0, 1)]
+    assert hot[0] == hot[1] != hot[2]
+    assert tiny.generate([[5]], 12, temperature=2.0, top_p=1e-6)[0] == whole
+    assert tiny.generate([[5]], 0) == [[]]
+    with pytest.raises(ValueError, match="256 positions"):
+        tiny.generate([[5] * 250], 7)
+    with pytest.raises(ValueError, match="at least one token"):
+        tiny.generate([[]], 7)
+
+
+@pytest.mark.fast
+def test_top_p_samples_only_from_the_smallest_sufficient_set():
+    from model import sample
+
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(500, 4)
+    generator = torch.Generator().manual_seed(0)
+    for top_p, allowed in ((0.4, {0}), (0.6, {0, 1}), (0.8, {0, 1}), (0.9, {0, 1, 2}), (1.0, {0, 1, 2, 3})):
+        assert set(sample(logits, 1.0, top_p, generator).tolist()) == allowed
+
+
+def test_stories260k_writes_the_text_that_llama2c_pins(tmp_path):
+    folder = stories260k.convert(tmp_path)
+    model = Llama.from_pretrained(folder)
+    out = model.generate([[1]], 200, stop_ids=(1, 2))[0]
+    assert stories260k.decode(out) == stories260k.PINNED
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the variable-length attention kernel")
+def test_the_gpu_kernel_agrees_with_the_document_loop(tmp_path):
+    cfg = folder_of(tmp_path, head_dim=16)
+    lengths = [7, 1, 40, 23]
+    tokens = torch.randint(97, (sum(lengths),))
+    full = logits(Llama.from_pretrained(cfg, seed=3), tokens, lengths)
+    model = Llama.from_pretrained(cfg, seed=3, compute_dtype=torch.bfloat16, device="cuda")
+    layout = Layout.packed(lengths, "cuda")
+    half = model.lm_head(model(tokens[None].cuda(), layout))[0].cpu()
+    assert (full - half).abs().max() < 0.1 * full.abs().max()
+
+
+# ---- bad folders ----
+
+
+def _edit_config(**changes):
+    def edit(folder):
+        raw = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**raw, **changes}))
+
+    return edit
+
+
+def _edit_tensors(change):
+    def edit(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return edit
+
+
+def _truncate(folder):
+    path = folder / "model.safetensors"
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _pickle_only(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _index_without_shard(folder):
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _index_outside(folder):
+    index = {"weight_map": {"model.norm.weight": "../model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _meta_layout(folder):
+    save_file({"tok_embeddings.weight": torch.zeros(97, 48)}, folder / "model.safetensors")
+
+
+BROKEN = {
+    "not a Llama": (_edit_config(model_type="mistral"), r"config\.json: model_type is 'mistral', expected 'llama'"),
+    "biases": (_edit_config(attention_bias=True), "attention_bias is True"),
+    "yarn": (_edit_config(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rotary scaling is 'yarn'"),
+    "heads": (_edit_config(num_key_value_heads=4), "6 query heads do not divide into 4"),
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json: not readable as JSON"),
+    "truncated": (_truncate, r"model\.safetensors: not a whole safetensors file"),
+    "missing tensor": (_edit_tensors(lambda t: t.pop("model.norm.weight")), r"1 of 29 tensors missing \(model\.norm\.weight\)"),
+    "foreign tensor": (_edit_tensors(lambda t: t.update(x=torch.zeros(1))), r"1 tensors this Llama does not have \(x\)"),
+    "misshapen": (_edit_tensors(lambda t: t.update({"model.norm.weight": torch.zeros(47)})), r"model\.norm\.weight is \(47,\).*\(48,\)"),
+    "claimed tied": (_edit_tensors(lambda t: t.update({"lm_head.weight": torch.zeros(97, 48)})), "lm_head.weight differs from the embedding"),
+    "claimed untied": (_edit_config(tie_word_embeddings=False), r"missing \(lm_head\.weight\)"),
+    "pickle": (_pickle_only, "pytorch_model.bin, a pickle"),
+    "lost shard": (_index_without_shard, "names model-00001-of-00002.safetensors, not in this folder"),
+    "index points outside": (_index_outside, "not in this folder"),
+    "Meta's layout": (_meta_layout, "these are in Meta's layout"),
+    "no folder": (shutil.rmtree, "no such folder"),
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_bad_folder_gets_one_clear_error(tmp_path, fault):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    Llama.from_pretrained(folder_of(folder)).save_pretrained(folder)
+    break_it, message = BROKEN[fault]
+    break_it(folder)
+    with pytest.raises(ValueError, match=message) as e:
+        Llama.from_pretrained(folder)
+    assert "model" in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.fast
+def test_a_config_without_weights_gives_fresh_ones_by_seed(tmp_path):
+    folder = folder_of(tmp_path)
+    a, b, c = (Llama.from_pretrained(folder, seed=s).model.embed_tokens.weight for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert abs(float(a.std()) - 0.2) < 0.01
+
+
+@pytest.mark.fast
+def test_rotary_scaling_at_full_size_is_the_published_one():
+    transformers = pytest.importorskip("transformers")
+    scaling = dict(LLAMA3_SCALING, original_max_position_embeddings=8192)
+    raw = dict(TINY, rope_theta=500000.0, rope_scaling=scaling, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(**{**raw, "max_position_embeddings": 131072})).inv_freq
+    torch.testing.assert_close(LlamaConfig.from_dict(raw).inv_freq(), theirs, rtol=1e-6, atol=0)
