@@ -22,6 +22,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from tqdm import tqdm
 from model import Layout, read_json, read_tensor, weight_files, write_json
 
 TEMPLATE, PROMPT, RESPONSE, END, SPECIAL = range(5)  # what a piece of text is; SPECIAL is stored as TEMPLATE
+TOKENIZED = (TEMPLATE, PROMPT, RESPONSE)  # the others are one token each, given by name
 Turns = list[tuple[str, str | None]]  # (role, text); None: this turn is still to be written
 Pieces = Iterator[tuple[int, str]]  # (kind, text)
 
@@ -290,33 +292,27 @@ class Tokenizer:
 
 def tokenize(documents: list[list[tuple[int, str]]], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Rendered documents -> (ids int32, kind uint8) of each, with its BOS; the tokenizer runs on all cores."""
-    prompts, responses = [], []
-    for pieces in documents:
-        open_prompt = False
-        for kind, piece in pieces:
-            if kind in (TEMPLATE, PROMPT):
-                if not open_prompt:
-                    prompts.append([])
-                prompts[-1].append((kind, piece))
-            elif kind == RESPONSE:
-                responses.append(piece)
-            open_prompt = kind in (TEMPLATE, PROMPT)
-    encoded_prompts = iter(tokenizer.backend.encode_batch(["".join(p for _, p in pieces) for pieces in prompts], add_special_tokens=False))
-    encoded_responses = iter(tokenizer.backend.encode_batch_fast(responses, add_special_tokens=False))
-    spelled = iter(prompts)
-    for pieces in documents:
-        parts, open_prompt = [([tokenizer.bos], TEMPLATE)], False
-        for kind, piece in pieces:
-            if kind in (TEMPLATE, PROMPT):
-                if not open_prompt:
-                    parts.append(label_prompt(next(encoded_prompts), next(spelled)))
-            elif kind == RESPONSE:
-                parts.append((next(encoded_responses).ids, RESPONSE))
+    documents = [list(segments(pieces)) for pieces in documents]
+    strings = ["".join(piece for _, piece in segment) for document in documents for segment in document if segment[0][0] in TOKENIZED]
+    encodings = iter(tokenizer.backend.encode_batch(strings, add_special_tokens=False))
+    for document in documents:
+        parts = [([tokenizer.bos], TEMPLATE)]
+        for segment in document:
+            kind, piece = segment[0]
+            if kind == RESPONSE:
+                parts.append((next(encodings).ids, RESPONSE))
+            elif kind in TOKENIZED:
+                parts.append(label_prompt(next(encodings), segment))
             else:
                 parts.append(([tokenizer.id(piece)], END if kind == END else TEMPLATE))
-            open_prompt = kind in (TEMPLATE, PROMPT)
         ids = np.concatenate([np.asarray(ids, np.int32) for ids, _ in parts])
         yield ids, np.concatenate([np.broadcast_to(np.asarray(kind, np.uint8), len(ids)) for ids, kind in parts])
+
+
+def segments(pieces: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """What is tokenized together: neighbouring template and prompt pieces; every other piece is by itself."""
+    for is_prompt, run in groupby(pieces, key=lambda piece: piece[0] in (TEMPLATE, PROMPT)):
+        yield from [list(run)] if is_prompt else ([piece] for piece in run)
 
 
 def label_prompt(encoding: tokenizers.Encoding, pieces: list[tuple[int, str]]) -> tuple[list[int], np.ndarray]:
@@ -519,19 +515,18 @@ def micro_batches(corpus: Corpus, important: np.ndarray, samples: np.ndarray, ma
         important: (tokens,) bool, aligned with `corpus.ids`.
     """
     rows, room = [], []
-    for i in sorted(samples.tolist(), key=lambda i: (-corpus.lengths_list[i], i)):
-        need = corpus.lengths_list[i] - 1  # the last token is only ever a target
-        row = next((r for r, left in enumerate(room) if left >= need), None)
+    need = corpus.lengths[samples] - 1  # positions: a sample's last token is only ever a target
+    for i in np.argsort(-need, kind="stable"):
+        row = next((r for r, left in enumerate(room) if left >= need[i]), None)
         if row is None:
-            rows.append([])
-            room.append(max_tokens)
-            row = len(rows) - 1
-        rows[row].append(i)
-        room[row] -= need
+            rows, room, row = [*rows, []], [*room, max_tokens], len(rows)
+        rows[row].append(samples[i])
+        room[row] -= need[i]
     return [pack(corpus, important, row) for row in rows]
 
 
 def pack(corpus: Corpus, important: np.ndarray, samples: list[int]) -> Batch:
+    """The samples end to end in one row, targets and labels shifted by one."""
     lengths = corpus.lengths[samples] - 1  # (samples,) positions
     doc_ids = np.repeat(np.arange(len(samples)), lengths)  # (T,)
     at = np.arange(len(doc_ids)) + (corpus.starts[samples] - np.cumsum(lengths) + lengths)[doc_ids]  # (T,) into the corpus

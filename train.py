@@ -1,0 +1,534 @@
+"""Fine-tune a Llama with SFT-GO: configuration, step, loop, run folder. The only file that knows ranks and clocks.
+
+    python train.py                                   the demo, on a CPU, in about a minute
+    python train.py --model FOLDER --data FILE …      your own; `--help` lists every flag
+
+One step: a batch of samples, cut into micro-batches -> nll of each supervised token -> nats and tokens of both groups,
+added up over the whole step -> the objective's price of a nat in each group -> backward on price x nats -> AdamW.
+
+T positions of a micro-batch.
+"""
+
+import argparse
+import json
+import math
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from types import UnionType
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import groupers
+from data import TEMPLATES, Batch, Corpus, Tokenizer
+from model import DTYPES, Llama, LlamaConfig, read_json, resolve, weight_files, write_json
+from recipes import RECIPES
+from sftgo import group_sums, lam_at, sft_go, token_nll
+
+Objective = Callable[[Tensor, Tensor], Tensor]  # (nats, tokens) of the groups -> loss
+
+
+# ---- configuration -------------------------------------------------------------------------------------------------
+
+
+def opt(default, help: str, group: str, choices: tuple | None = None):
+    return field(default=default, metadata={"help": help, "group": group, "choices": choices})
+
+
+DATA, METHOD, OPTIM, RUN = "model and data", "SFT-GO", "optimization", "run"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run; one command-line flag each, generated from here."""
+
+    recipe: str | None = opt(None, "named settings that the other flags override; demo where neither --model nor --data is given", DATA, tuple(RECIPES))
+    model: str | None = opt(None, "model folder in the published layout, or a Hub name; a config without weights starts fresh", DATA)
+    data: str | None = opt(None, "training data: JSON or JSONL, each also .gz", DATA)
+    template: str = opt("auto", "how a row becomes text; auto follows the data", DATA, ("auto", *TEMPLATES))
+    context: int = opt(4096, "tokens a sample is cut to", DATA)
+    batch_size: int = opt(64, "samples in an optimizer step", DATA)
+    micro_batch_tokens: int = opt(8192, "most tokens in one forward pass; changes memory and speed, never the result", DATA)
+    epochs: int = opt(15, "passes over the data", DATA)
+    max_steps: int | None = opt(None, "stop after this many optimizer steps", DATA)
+    drop_last: bool = opt(False, "skip an epoch's last, short batch", DATA)
+
+    grouper: str = opt("tfidf", "who decides which tokens are important", METHOD, groupers.GROUPERS)
+    eta: float = opt(0.9, "percentile: 0.9 makes each sample's top 10 %% important", METHOD)
+    lam_max: float = opt(0.9, "weight of the worse group at the first step; 0 is ordinary SFT", METHOD)
+    lam_min: float | None = opt(None, "where that weight decays to; not given: it stays at --lam-max", METHOD)
+    worst: str = opt("max", "max: the worse group (Eq. 4); important: always the important one (Rho-1)", METHOD, ("max", "important"))
+    scope: str = opt("step", "tokens the group means run over: the whole optimizer step, or each micro-batch", METHOD, ("step", "micro_batch"))
+
+    lr: float = opt(1e-5, "peak learning rate", OPTIM)
+    schedule: str = opt("cosine", "learning rate after warm-up; cosine and linear go to 0", OPTIM, ("cosine", "linear", "constant"))
+    warmup_ratio: float = opt(0.0, "share of all steps that warm up", OPTIM)
+    weight_decay: float = opt(0.1, "AdamW's, on matrices only", OPTIM)
+    betas: tuple[float, float] = opt((0.9, 0.95), "AdamW's", OPTIM)
+    eps: float = opt(1e-8, "AdamW's", OPTIM)
+    clip: float = opt(1.0, "largest gradient norm; 0 does not clip", OPTIM)
+    seed: int = opt(0, "of the data order, the random grouper and fresh weights", OPTIM)
+    dtype: str = opt("bfloat16", "compute type; parameters, gradients and AdamW stay float32", OPTIM, ("bfloat16", "float32"))
+
+    out: str | None = opt(None, "run folder; not given: the next free runs/<recipe>-<n>", RUN)
+    cache: str | None = opt(None, "folder for tokenized data, to share between runs; not given: inside the run folder", RUN)
+    save_dtype: str | None = opt(None, "type of the saved weights; not given: the compute type", RUN, tuple(DTYPES))
+    overwrite: bool = opt(False, "replace the run that --out holds", RUN)
+    dry_run: bool = opt(False, "print the plan and stop", RUN)
+
+    def __post_init__(self):
+        for name, given in (("--model", self.model), ("--data", self.data)):
+            if given is None:
+                raise ValueError(f"{name} is missing; give both --model and --data, or neither for the demo")
+        if self.lam_min is None:
+            object.__setattr__(self, "lam_min", self.lam_max)
+        checks = [
+            (0 <= self.eta <= 1, f"--eta {self.eta}: expected a percentile in [0, 1]; 0.9 makes the top 10 % important"),
+            (0 <= self.lam_min <= self.lam_max <= 1, f"--lam-max {self.lam_max} --lam-min {self.lam_min}: expected 0 <= lam_min <= lam_max <= 1"),
+            (self.context >= 2, f"--context {self.context}: expected at least 2 tokens"),
+            (
+                self.micro_batch_tokens >= self.context - 1,
+                f"--micro-batch-tokens {self.micro_batch_tokens} cannot hold a sample of --context {self.context} tokens; lower one or raise the other",
+            ),
+            (self.batch_size >= 1 and self.epochs >= 1, f"--batch-size {self.batch_size} --epochs {self.epochs}: expected at least 1 of each"),
+            (self.max_steps is None or self.max_steps >= 1, f"--max-steps {self.max_steps}: expected at least 1"),
+            (self.lr > 0 and 0 <= self.warmup_ratio < 1, f"--lr {self.lr} --warmup-ratio {self.warmup_ratio}: expected lr > 0 and a ratio in [0, 1)"),
+            (all(0 <= b < 1 for b in self.betas) and self.eps > 0, f"--betas {self.betas} --eps {self.eps}: expected betas in [0, 1) and eps > 0"),
+            (self.weight_decay >= 0 and self.clip >= 0, f"--weight-decay {self.weight_decay} --clip {self.clip}: expected neither below 0"),
+            (self.seed >= 0, f"--seed {self.seed}: expected 0 or above"),
+            (self.grouper != "none" or self.worst == "max", "--worst important needs important tokens; choose a --grouper"),
+        ]
+        for holds, message in checks:
+            if not holds:
+                raise ValueError(message)
+
+
+WHERE_ONLY = ("recipe", "out", "cache", "overwrite", "dry_run")  # fields that do not change what is trained
+
+
+def parse_args(argv: list[str] | None = None) -> Config:
+    """Flags -> Config: defaults, then the recipe's values, then what was given."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        usage="train.py [--recipe NAME] [--model FOLDER --data FILE] [--flag VALUE …]",
+        description="Fine-tune a Llama with SFT-GO. Without --model and --data it runs the demo.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=34, width=110),
+    )
+    sections = {}
+    for f in fields(Config):
+        section = sections.setdefault(f.metadata["group"], None) or parser.add_argument_group(f.metadata["group"])
+        sections[f.metadata["group"]] = section
+        kind = f.type.__args__[0] if isinstance(f.type, UnionType) else f.type
+        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        how = {"help": f.metadata["help"] + ("" if f.default is None or kind is bool else f" (default: {shown})")}
+        if kind is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        elif f.metadata["choices"]:
+            how["choices"] = f.metadata["choices"]
+        elif isinstance(f.default, tuple):
+            how |= {"type": float, "nargs": 2, "metavar": ("B1", "B2")}
+        else:
+            how |= {"type": kind, "metavar": {str: "PATH", int: "N", float: "X"}[kind]}
+        section.add_argument("--" + f.name.replace("_", "-"), **how)
+    given = vars(parser.parse_args(argv))
+    if "betas" in given:
+        given["betas"] = tuple(given["betas"])
+    if not given.keys() & {"recipe", "model", "data"}:
+        given["recipe"] = "demo"
+    return Config(**{**RECIPES.get(given.get("recipe"), {}), **given})
+
+
+# ---- the step ------------------------------------------------------------------------------------------------------
+
+
+def batch_nll(model: Llama, batch: Batch) -> Tensor:
+    """Nats of each supervised target of a packed row, 0 elsewhere, (T,); the head runs on supervised rows only."""
+    hidden = model(batch.tokens, batch.layout)[0]  # (T, D)
+    mask = batch.loss_mask
+    nll = token_nll(hidden[mask], model.lm_head.weight, batch.targets[mask])  # (supervised,)
+    return nll.new_zeros(mask.shape).masked_scatter(mask, nll)  # (T,)
+
+
+def price(objective: Objective, nats: Tensor, tokens: Tensor) -> Tensor:
+    """What one more nat in each group costs: ∂ loss / ∂ nats, (2,) float64."""
+    nats = nats.double().requires_grad_()
+    return torch.autograd.grad(objective(nats, tokens), nats)[0]
+
+
+def backward(cost: Tensor, nats: Tensor) -> None:
+    (cost.to(nats.dtype) * nats).sum().backward()
+
+
+def step(model: Llama, batches: list[Batch], objective: Objective, label: groupers.Label, probe: bool = True) -> tuple[Tensor, Tensor]:
+    """Put the gradient of one optimizer step into `.grad`; return the step's (nats, tokens), each (2,).
+
+    The loss of Eq. 3-4 depends on the parameters through the step's nats alone, so its gradient is Σ_k price_k · ∇nats_k:
+    exact, however the step is cut into micro-batches.
+
+    Args:
+        probe: False where prices do not depend on losses (λ = 0: every nat costs 1 / tokens), which saves a forward.
+    """
+    if len(batches) == 1:  # one graph fits: look, then pay
+        nats, tokens = labelled_sums(model, batches[0], label)
+        total = nats.detach().double(), tokens
+        backward(price(objective, *total), nats)
+        return total
+    if not probe:
+        supervised = sum(batch.loss_mask.sum() for batch in batches)
+        cost = price(objective, torch.zeros(2, device=supervised.device), torch.stack([supervised, torch.zeros_like(supervised)]))
+        seen = []
+        for batch in batches:
+            nats, tokens = labelled_sums(model, batch, label)
+            backward(cost, nats)
+            seen.append((nats.detach().double(), tokens))
+        return add_up(seen)
+    seen, labels = [], []
+    with torch.no_grad():  # several: look first without a graph, +1/3
+        for batch in batches:
+            nll = batch_nll(model, batch)
+            labels.append(label(nll, batch))
+            nats, tokens = group_sums(nll, labels[-1], batch.loss_mask)
+            seen.append((nats.double(), tokens))
+    total = add_up(seen)
+    cost = price(objective, *total)
+    for batch, important in zip(batches, labels):
+        backward(cost, group_sums(batch_nll(model, batch), important, batch.loss_mask)[0])
+    return total
+
+
+def micro_batch_step(model: Llama, batches: list[Batch], objective: Objective, label: groupers.Label) -> tuple[Tensor, Tensor, Tensor]:
+    """`--scope micro_batch`: Σ_m (N_m / N) · L_GO(micro-batch m), what a loss inside an ordinary trainer approximates.
+
+    Returns:
+        nats, tokens (2,) of the step, and its loss ().
+    """
+    supervised, seen, losses = sum(batch.loss_mask.sum() for batch in batches), [], []
+    for batch in batches:
+        nats, tokens = labelled_sums(model, batch, label)
+        loss = tokens.sum() / supervised * objective(nats, tokens)
+        loss.backward()
+        seen.append((nats.detach().double(), tokens))
+        losses.append(loss.detach().double())
+    return *add_up(seen), sum(losses)
+
+
+def labelled_sums(model: Llama, batch: Batch, label: groupers.Label) -> tuple[Tensor, Tensor]:
+    nll = batch_nll(model, batch)
+    return group_sums(nll, label(nll.detach(), batch), batch.loss_mask)
+
+
+def add_up(seen: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return tuple(torch.stack(parts).sum(0) for parts in zip(*seen))
+
+
+def lr_at(step: int, total_steps: int, lr: float, schedule: str, warmup_ratio: float) -> float:
+    """Learning rate after `step` finished steps: linear warm-up over ceil(ratio · total), never 0, then the schedule to 0."""
+    warmup = math.ceil(warmup_ratio * total_steps)
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    done = (step - warmup) / (total_steps - warmup)
+    return lr * {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[schedule]
+
+
+# ---- the plan ------------------------------------------------------------------------------------------------------
+
+
+def memory_needed(cfg: LlamaConfig, parameters: int, positions: int, compute_bytes: int) -> dict[str, int]:
+    """Bytes of the largest micro-batch's step, by what they are for.
+
+    A parameter takes 16 bytes: itself, its gradient and AdamW's two moments, each float32. A position of a layer keeps
+    for backward: two float32 inputs of norms and two outputs, q, k, v, the attention's output twice, and four
+    feed-forward rows. The head holds one chunk of logits, its float32 copy and its weight's cast and gradient.
+    """
+    D, q, kv, ff = cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim, cfg.intermediate_size
+    layer = 2 * 4 * D + compute_bytes * (2 * D + 3 * q + 2 * kv + 4 * ff)
+    return {
+        "weights, gradients, AdamW": 16 * parameters,
+        "activations": positions * (cfg.num_hidden_layers * layer + (8 + 2 * compute_bytes) * D),
+        "logits": cfg.vocab_size * (min(1024, positions) * (4 + 2 * compute_bytes) + (2 * compute_bytes) * D),
+    }
+
+
+def print_plan(cfg: Config, out: str, corpus: Corpus, important: np.ndarray, model: Llama, fresh: bool, steps: int, per_epoch: int, device) -> None:
+    """Say, before the first step, what will be trained on what."""
+    mask = corpus.loss_mask
+    supervised = int(mask.sum())
+    parameters = sum(p.numel() for p in model.parameters())
+    counts = dict(corpus.counts)
+    rows, kept = counts.pop("rows"), counts.pop("kept")
+    positions = min(cfg.micro_batch_tokens, int(np.sort(corpus.lengths - 1)[-cfg.batch_size :].sum()))
+    memory = memory_needed(model.cfg, parameters, positions, model.compute_dtype.itemsize)
+    weight = f"λ {cfg.lam_max:g}" if cfg.lam_max == cfg.lam_min else f"λ {cfg.lam_max:g} → {cfg.lam_min:g}"
+    if cfg.grouper == "none":
+        groups = "none: plain cross-entropy"
+    elif cfg.grouper in groupers.IN_STEP:
+        groups = f"{cfg.grouper}, η {cfg.eta:g}, labelled at each step; {weight}, worst {cfg.worst}, scope {cfg.scope}"
+    else:
+        share = (important & mask).sum() / supervised
+        groups = f"{cfg.grouper}, η {cfg.eta:g}: {share:.1%} of the supervised tokens important; {weight}, worst {cfg.worst}, scope {cfg.scope}"
+    lines = {
+        "run": out,
+        "data": f"{cfg.data}: {rows:,} rows, {kept:,} {'pieces' if corpus.template == 'text' else 'samples kept'}"
+        + "".join(f"; {n:,} {what}" for what, n in counts.items()),
+        "tokens": f"{len(corpus.ids):,}, {supervised / len(corpus.ids):.1%} of them supervised; longest sample {corpus.lengths.max():,}; template {corpus.template}",
+        "groups": groups,
+        "steps": f"{per_epoch:,} an epoch of {cfg.batch_size} samples, {steps:,} in all; micro-batches of at most {cfg.micro_batch_tokens:,} tokens",
+        "model": f"{cfg.model}: {parameters / 1e6:,.1f}M parameters{' (fresh: the folder has no weights)' if fresh else ''}, {cfg.dtype} on {device}",
+        "memory": f"about {sum(memory.values()) / 1e9:.2g} GB: " + ", ".join(f"{what} {n / 1e9:.2g}" for what, n in memory.items()),
+    }
+    for name, text in lines.items():
+        print(f"{name:<8}{text}")
+
+
+# ---- the run folder ------------------------------------------------------------------------------------------------
+
+OURS = ("config.json", "metrics.jsonl", "losses.png", "model", "model.part", "cache")
+
+
+def claim(cfg: Config) -> Path | None:
+    """The folder this run may write into, created; None where it already holds this very run, finished.
+
+    Raises:
+        ValueError: it holds something else, or an unfinished run.
+    """
+    if cfg.out is None:
+        for n in range(1, 10**6):
+            out = Path("runs") / f"{cfg.recipe or 'run'}-{n}"
+            out.parent.mkdir(exist_ok=True)
+            try:
+                out.mkdir()
+                return out
+            except FileExistsError:
+                continue
+    out = Path(cfg.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: a file, expected a folder")
+    if not out.is_dir() or not any(out.iterdir()):
+        out.mkdir(parents=True, exist_ok=True)
+        return out
+    if cfg.overwrite:
+        for path in (out / name for name in OURS):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        return out
+    elsewhere = "choose another --out, or --overwrite"
+    try:
+        before = read_json(out / "config.json")["config"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{out}: not empty, and not a run of this program; {elsewhere}") from None
+    now = json.loads(json.dumps(asdict(cfg)))
+    changed = [name for name in now if name not in WHERE_ONLY and before.get(name) != now[name]]
+    if changed:
+        name = changed[0]
+        raise ValueError(f"{out}: holds a run with another {', '.join(changed)} ({name} {before.get(name)}, now {now[name]}); {elsewhere}")
+    if not (out / "model").is_dir():
+        raise ValueError(f"{out}: holds an unfinished run of this configuration; {elsewhere}")
+    return None
+
+
+def write_config(cfg: Config, out: Path) -> None:
+    """The resolved configuration, and what it ran with."""
+    from importlib.metadata import version
+
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    packages = ("torch", "safetensors", "tokenizers", "numpy")
+    about = {"python": sys.version.split()[0], **{name: version(name) for name in packages}}
+    write_json(out / "config.json", {"config": asdict(cfg), "versions": about, "git_commit": git.stdout.strip() or None})
+
+
+def plot_losses(out: Path) -> None:
+    """losses.png, Figure 2 of the paper for this run: all, important and unimportant tokens."""
+    try:
+        import matplotlib
+    except ImportError:
+        print('no losses.png: matplotlib is not installed; pip install -e ".[plots]"')
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with open(out / "metrics.jsonl", encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    window = max(1, len(rows) // 50)  # a running mean over 2 % of the steps; the raw curve behind it
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, label, colour in (("important", "important", "tab:red"), ("ce", "all", "black"), ("unimportant", "unimportant", "tab:blue")):
+        points = [(row["step"], row[name]) for row in rows if row[name] is not None]
+        if not points:
+            continue
+        steps, losses = map(np.array, zip(*points))
+        smooth = np.convolve(losses, np.ones(window) / window, "valid")
+        ax.plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
+        ax.plot(steps[window - 1 :], smooth, color=colour, label=label)
+    ax.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=out.name)
+    ax.grid(alpha=0.3)
+    ax.legend()
+    fig.savefig(out / "losses.png", dpi=120)
+    plt.close(fig)
+
+
+# ---- the loop ------------------------------------------------------------------------------------------------------
+
+
+def adamw(model: Llama, cfg: Config) -> torch.optim.AdamW:
+    """AdamW in float32, weight decay on matrices only."""
+    parameters = list(model.parameters())
+    sets = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(sets, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def train(cfg: Config) -> Path | None:
+    """Run `cfg` to its end; returns the run folder (None after --dry-run)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = resolve(cfg.model)
+    llama = LlamaConfig.from_folder(folder)
+    if cfg.context > llama.max_position_embeddings:
+        raise ValueError(f"--context {cfg.context}: {cfg.model} has {llama.max_position_embeddings} positions (max_position_embeddings)")
+    tokenizer = Tokenizer(folder, llama.vocab_size)
+    if cfg.template == "llama3":
+        data.require_trained_headers(folder, tokenizer)
+
+    out = None
+    if not cfg.dry_run:
+        out = claim(cfg)
+        if out is None:
+            print(f"{cfg.out}: this run is already finished; nothing to do")
+            return Path(cfg.out)
+        write_config(cfg, out)
+    cache = Path(cfg.cache) if cfg.cache else out and out / "cache"
+    corpus = data.load_corpus(cfg.data, tokenizer, cfg.template, cfg.context, cache)
+    important = groupers.label_corpus(cfg.grouper, corpus, cfg.eta, cfg.seed)
+    per_epoch = len(data.epoch_order(len(corpus), cfg.batch_size, cfg.seed, 0, cfg.drop_last))
+    total_steps = min(cfg.epochs * per_epoch, cfg.max_steps or sys.maxsize)
+    if not total_steps:
+        raise ValueError(f"{cfg.data}: {len(corpus)} samples make no full batch of {cfg.batch_size}; lower --batch-size or leave out --drop-last")
+    model = Llama.from_pretrained(folder, DTYPES[cfg.dtype], device=device, seed=cfg.seed)
+    print_plan(cfg, str(out or "none: --dry-run"), corpus, important, model, not weight_files(folder), total_steps, per_epoch, device)
+    if cfg.dry_run:
+        return None
+
+    optimizer = adamw(model, cfg)
+    label = groupers.labeller(cfg.grouper, cfg.eta)
+    with open(out / "metrics.jsonl", "w", encoding="utf-8") as log, tqdm(total=total_steps, unit="step", disable=None, dynamic_ncols=True) as bar:
+        for done in range(total_steps):
+            epoch, at = divmod(done, per_epoch)
+            if at == 0:
+                order = data.epoch_order(len(corpus), cfg.batch_size, cfg.seed, epoch, cfg.drop_last)
+            began = time.perf_counter()
+            lam = lam_at(done, total_steps, cfg.lam_max, cfg.lam_min)
+            lr = lr_at(done, total_steps, cfg.lr, cfg.schedule, cfg.warmup_ratio)
+            objective = partial(sft_go, lam=lam, worst=cfg.worst)
+            batches = [batch.to(device) for batch in data.micro_batches(corpus, important, order[at], cfg.micro_batch_tokens)]
+            if cfg.scope == "step":
+                nats, tokens = step(model, batches, objective, label, probe=lam > 0)
+                loss = objective(nats, tokens)
+            else:
+                nats, tokens, loss = micro_batch_step(model, batches, objective, label)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+            row = metrics(done + 1, epoch, nats, tokens, float(loss), lam, lr, float(grad_norm))
+            if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
+                raise ValueError(
+                    f"step {row['step']}: loss is {row['loss']:.4g} (important {shown(row['important'])}, unimportant "
+                    f"{shown(row['unimportant'])}), gradient norm {row['grad_norm']:.4g}. Not updated, no model written; metrics up to "
+                    f"step {done} are in {out}. A lower --lr, more --warmup-ratio or --dtype float32 are the usual cures"
+                )
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+            read = sum(batch.tokens.numel() for batch in batches)
+            seconds = time.perf_counter() - began
+            row |= {"tokens": read, "seconds": seconds, "tokens_per_second": read / seconds, "peak_memory_bytes": peak_memory_bytes(device)}
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, important {shown(row['important'])}, unimportant {shown(row['unimportant'])}")
+            bar.update()
+            if done == 0 or done + 1 == total_steps or (done + 1) % math.ceil(total_steps / 10) == 0:
+                bar.write(log_line(row, total_steps))
+
+    model.eval()
+    part = out / "model.part"
+    model.save_pretrained(part, DTYPES[cfg.save_dtype or cfg.dtype])
+    tokenizer.save(part, corpus.template)
+    part.rename(out / "model")
+    plot_losses(out)
+    print(f"wrote   {', '.join(sorted(p.name for p in out.iterdir() if p.name != 'cache'))} in {out}")
+    print_sample(model, tokenizer, corpus)
+    return out
+
+
+def metrics(step: int, epoch: int, nats: Tensor, tokens: Tensor, loss: float, lam: float, lr: float, grad_norm: float) -> dict:
+    """One line of metrics.jsonl: the number optimized, both groups' means in nats per token, and their counts."""
+    (n0, n1), (t0, t1) = nats.tolist(), tokens.tolist()
+    unimportant, important = n0 / t0 if t0 else None, n1 / t1 if t1 else None
+    worst = "important" if t1 and (not t0 or important >= unimportant) else "unimportant"
+    return {
+        "step": step,
+        "epoch": epoch,
+        "loss": loss,
+        "ce": (n0 + n1) / (t0 + t1),
+        "important": important,
+        "unimportant": unimportant,
+        "important_tokens": t1,
+        "unimportant_tokens": t0,
+        "worst": worst,
+        "lam": lam,
+        "lr": lr,
+        "grad_norm": grad_norm,
+    }
+
+
+def shown(mean: float | None) -> str:
+    return "–" if mean is None else f"{mean:.3f}"
+
+
+def log_line(row: dict, total_steps: int) -> str:
+    return (
+        f"step {row['step']}/{total_steps} | loss {row['loss']:.3f} | ce {row['ce']:.3f} | important {shown(row['important'])} "
+        f"({row['important_tokens']:,}) | unimportant {shown(row['unimportant'])} ({row['unimportant_tokens']:,}) | "
+        f"lr {row['lr']:.1e} | grad {row['grad_norm']:.2f} | {row['tokens_per_second'] / 1e3:.1f}k tok/s"
+    )
+
+
+def print_sample(model: Llama, tokenizer: Tokenizer, corpus: Corpus) -> None:
+    """One greedy answer to the data's first prompt (plain text: to its first words)."""
+    first = slice(*corpus.starts[:2])
+    ids, kind = corpus.ids[first], corpus.kind[first]
+    prompt = ids[:24] if corpus.template == "text" else ids[: int((kind == data.RESPONSE).argmax())]
+    room = min(128, model.cfg.max_position_embeddings - len(prompt))
+    answer = model.generate([prompt.tolist()], room, stop_ids=tuple(tokenizer.stop_ids(corpus.template)))[0]
+    print(f"sample  {tokenizer.decode(prompt.tolist()).strip()}\n      → {tokenizer.decode(answer).strip()}")
+
+
+def main() -> None:
+    try:
+        train(parse_args())
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of GPU memory; lower --micro-batch-tokens (the result stays the same) or --context")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+if __name__ == "__main__":
+    main()
