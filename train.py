@@ -444,7 +444,7 @@ def train(cfg: Config) -> Path | None:
             else:
                 nats, tokens, loss = micro_batch_step(model, batches, objective, label)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
-            row = metrics(done + 1, epoch, nats, tokens, float(loss), lam, lr, float(grad_norm))
+            row = metrics(done + 1, epoch, nats, tokens, float(loss.detach()), lam, lr, float(grad_norm))
             if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
                 raise ValueError(
                     f"step {row['step']}: loss is {row['loss']:.4g} (important {shown(row['important'])}, unimportant "
