@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import UnionType
 
@@ -58,7 +59,7 @@ class Config:
     template: str = opt("auto", "how a row becomes text; auto follows the data", DATA, ("auto", *TEMPLATES))
     context: int = opt(4096, "tokens a sample is cut to", DATA)
     batch_size: int = opt(64, "samples in an optimizer step", DATA)
-    micro_batch_tokens: int = opt(8192, "most tokens in one forward pass; changes memory and speed, never the result", DATA)
+    micro_batch_tokens: int = opt(8192, "most tokens in one forward pass: memory and speed; the result only under --scope micro_batch", DATA)
     epochs: int = opt(15, "passes over the data", DATA)
     max_steps: int | None = opt(None, "stop after this many optimizer steps", DATA)
     drop_last: bool = opt(False, "skip an epoch's last, short batch", DATA)
@@ -81,7 +82,7 @@ class Config:
     dtype: str = opt("bfloat16", "compute type; parameters, gradients and AdamW stay float32", OPTIM, ("bfloat16", "float32"))
 
     out: str | None = opt(None, "run folder; not given: the next free runs/<recipe>-<n>", RUN)
-    cache: str | None = opt(None, "folder for tokenized data, to share between runs; not given: inside the run folder", RUN)
+    cache: str | None = opt(None, "folder of tokenized data, for runs to share; not given: OUT/cache, or runs/cache without --out", RUN)
     save_dtype: str | None = opt(None, "type of the saved weights; not given: the compute type", RUN, tuple(DTYPES))
     overwrite: bool = opt(False, "replace the run that --out holds", RUN)
     dry_run: bool = opt(False, "print the plan and stop", RUN)
@@ -126,10 +127,8 @@ def parse_args(argv: list[str] | None = None) -> Config:
         allow_abbrev=False,
         formatter_class=partial(argparse.HelpFormatter, max_help_position=34, width=110),
     )
-    sections = {}
+    sections = {name: parser.add_argument_group(name) for name in (DATA, METHOD, OPTIM, RUN)}
     for f in fields(Config):
-        section = sections.setdefault(f.metadata["group"], None) or parser.add_argument_group(f.metadata["group"])
-        sections[f.metadata["group"]] = section
         kind = f.type.__args__[0] if isinstance(f.type, UnionType) else f.type
         shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         how = {"help": f.metadata["help"] + ("" if f.default is None or kind is bool else f" (default: {shown})")}
@@ -141,7 +140,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
             how |= {"type": float, "nargs": 2, "metavar": ("B1", "B2")}
         else:
             how |= {"type": kind, "metavar": {str: "PATH", int: "N", float: "X"}[kind]}
-        section.add_argument("--" + f.name.replace("_", "-"), **how)
+        sections[f.metadata["group"]].add_argument("--" + f.name.replace("_", "-"), **how)
     given = vars(parser.parse_args(argv))
     if "betas" in given:
         given["betas"] = tuple(given["betas"])
@@ -257,7 +256,7 @@ def memory_needed(cfg: LlamaConfig, parameters: int, positions: int, compute_byt
     return {
         "weights, gradients, AdamW": 16 * parameters,
         "activations": positions * (cfg.num_hidden_layers * layer + (8 + 2 * compute_bytes) * D),
-        "logits": cfg.vocab_size * (min(1024, positions) * (4 + 2 * compute_bytes) + (2 * compute_bytes) * D),
+        "logits": cfg.vocab_size * (min(1024, positions) * (4 + 2 * compute_bytes) + (4 + 2 * compute_bytes) * D),
     }
 
 
@@ -294,47 +293,54 @@ def print_plan(cfg: Config, out: str, corpus: Corpus, important: np.ndarray, mod
 
 # ---- the run folder ------------------------------------------------------------------------------------------------
 
-OURS = ("config.json", "metrics.jsonl", "losses.png", "model", "model.part", "cache")
+OURS = ("config.json", "metrics.jsonl", "losses.png", "model", "model.part")  # what --overwrite removes; cached tokens stay valid
 
 
-def claim(cfg: Config) -> Path | None:
-    """The folder this run may write into, created; None where it already holds this very run, finished.
+def finished(cfg: Config) -> bool:
+    """Whether --out already holds this very run, complete. Looks only; nothing is written before the data has been read.
 
     Raises:
-        ValueError: it holds something else, or an unfinished run.
+        ValueError: it holds no run at all (--overwrite replaces runs, nothing else), or another or unfinished one without --overwrite.
     """
-    if cfg.out is None:
-        for n in range(1, 10**6):
-            out = Path("runs") / f"{cfg.recipe or 'run'}-{n}"
-            out.parent.mkdir(exist_ok=True)
-            try:
-                out.mkdir()
-                return out
-            except FileExistsError:
-                continue
-    out = Path(cfg.out)
-    if out.exists() and not out.is_dir():
+    out = Path(cfg.out) if cfg.out else None
+    if out is None or not out.exists():
+        return False
+    if not out.is_dir():
         raise ValueError(f"{out}: a file, expected a folder")
-    if not out.is_dir() or not any(out.iterdir()):
-        out.mkdir(parents=True, exist_ok=True)
-        return out
-    if cfg.overwrite:
-        for path in (out / name for name in OURS):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        return out
+    if all(path.name == "cache" for path in out.iterdir()):
+        return False
     elsewhere = "choose another --out, or --overwrite"
     try:
         before = read_json(out / "config.json")["config"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{out}: not empty, and not a run of this program; {elsewhere}") from None
+        raise ValueError(f"{out}: not empty, and not a run of this program; choose another --out") from None
+    if cfg.overwrite:
+        return False
     now = json.loads(json.dumps(asdict(cfg)))
-    changed = [name for name in now if name not in WHERE_ONLY and before.get(name) != now[name]]
-    if changed:
+    if changed := [name for name in now if name not in WHERE_ONLY and before.get(name) != now[name]]:
         name = changed[0]
         raise ValueError(f"{out}: holds a run with another {', '.join(changed)} ({name} {before.get(name)}, now {now[name]}); {elsewhere}")
     if not (out / "model").is_dir():
         raise ValueError(f"{out}: holds an unfinished run of this configuration; {elsewhere}")
-    return None
+    return True
+
+
+def claim(cfg: Config) -> Path:
+    """Create the run folder, or empty it of an earlier run's files; without --out, take the next free runs/<recipe>-<n>."""
+    if cfg.out:
+        out = Path(cfg.out)
+        out.mkdir(parents=True, exist_ok=True)
+        for path in (out / name for name in OURS):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        return out
+    Path("runs").mkdir(exist_ok=True)
+    for n in count(1):
+        out = Path("runs") / f"{cfg.recipe or 'run'}-{n}"
+        try:
+            out.mkdir()
+            return out
+        except FileExistsError:
+            continue
 
 
 def write_config(cfg: Config, out: Path) -> None:
@@ -407,24 +413,22 @@ def train(cfg: Config) -> Path | None:
     if cfg.template == "llama3":
         data.require_trained_headers(folder, tokenizer)
 
-    out = None
-    if not cfg.dry_run:
-        out = claim(cfg)
-        if out is None:
-            print(f"{cfg.out}: this run is already finished; nothing to do")
-            return Path(cfg.out)
-        write_config(cfg, out)
-    cache = Path(cfg.cache) if cfg.cache else out and out / "cache"
-    corpus = data.load_corpus(cfg.data, tokenizer, cfg.template, cfg.context, cache)
+    if finished(cfg):
+        print(f"{cfg.out}: this run is already finished; nothing to do")
+        return Path(cfg.out)
+    cache = Path(cfg.cache or Path(cfg.out or "runs") / "cache")
+    corpus = data.load_corpus(cfg.data, tokenizer, cfg.template, cfg.context, None if cfg.dry_run else cache)
     important = groupers.label_corpus(cfg.grouper, corpus, cfg.eta, cfg.seed)
     per_epoch = len(data.epoch_order(len(corpus), cfg.batch_size, cfg.seed, 0, cfg.drop_last))
     total_steps = min(cfg.epochs * per_epoch, cfg.max_steps or sys.maxsize)
     if not total_steps:
         raise ValueError(f"{cfg.data}: {len(corpus)} samples make no full batch of {cfg.batch_size}; lower --batch-size or leave out --drop-last")
     model = Llama.from_pretrained(folder, DTYPES[cfg.dtype], device=device, seed=cfg.seed)
+    out = None if cfg.dry_run else claim(cfg)
     print_plan(cfg, str(out or "none: --dry-run"), corpus, important, model, not weight_files(folder), total_steps, per_epoch, device)
     if cfg.dry_run:
         return None
+    write_config(cfg, out)
 
     optimizer = adamw(model, cfg)
     label = groupers.labeller(cfg.grouper, cfg.eta)

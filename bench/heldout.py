@@ -1,0 +1,64 @@
+"""Mean cross-entropy of a model over all of a data file: what a step of train.py would report at λ = 0, without the step.
+
+    python bench/heldout.py --model FOLDER --data FILE
+
+Every supervised token counts once, whatever sample or micro-batch it is in; the end token of an answer is one of them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data
+from model import DTYPES, Llama, LlamaConfig, resolve, weight_files
+from train import batch_nll
+
+
+@torch.no_grad()
+def heldout(folder: Path, file: str, template: str, context: int, dtype: str) -> str:
+    """The result in one line."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    llama = LlamaConfig.from_folder(folder)
+    if not 2 <= context <= llama.max_position_embeddings:
+        raise ValueError(f"--context {context}: expected 2 to {llama.max_position_embeddings}, the positions of {folder}")
+    tokenizer = data.Tokenizer(folder, llama.vocab_size)
+    corpus = data.load_corpus(file, tokenizer, template, context)
+    model = Llama.from_pretrained(folder, DTYPES[dtype], device=device).eval()
+    ungrouped, nats = np.zeros(len(corpus.ids), bool), 0.0
+    with tqdm(total=len(corpus), unit="sample", disable=None, leave=False) as bar:
+        for samples in np.array_split(np.arange(len(corpus)), -(-len(corpus) // 64)):  # 64 at a time: full rows, few of them alive
+            for batch in data.micro_batches(corpus, ungrouped, samples, max_tokens=8192):
+                nats += float(batch_nll(model, batch.to(device)).double().sum())
+            bar.update(len(samples))
+    tokens = int(corpus.loss_mask.sum())
+    characters = tokenizer.decode(corpus.ids[corpus.kind == data.RESPONSE].tolist())
+    fresh = "" if weight_files(folder) else ", fresh weights: the folder has none"
+    return (
+        f"{nats / tokens:.4f} nats per token | {tokens:,} supervised tokens in {len(corpus):,} samples | "
+        f"{nats / len(characters.encode()):.4f} nats per byte of their text | {file}, template {corpus.template}, context {context}, {dtype}{fresh}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="heldout.py", description="Mean cross-entropy of a model over all of a data file.", allow_abbrev=False)
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="model folder in the published layout, or a Hub name")
+    parser.add_argument("--data", required=True, metavar="FILE", help="JSON or JSONL as train.py reads it, each also .gz")
+    parser.add_argument("--template", default="auto", choices=("auto", *data.TEMPLATES), help="how a row becomes text (default: auto)")
+    parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens a sample is cut to (default: 1024)")
+    parser.add_argument("--dtype", default="bfloat16", choices=tuple(DTYPES), help="compute type (default: bfloat16)")
+    args = parser.parse_args()
+    try:
+        print(heldout(resolve(args.model), args.data, args.template, args.context, args.dtype))
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+if __name__ == "__main__":
+    main()

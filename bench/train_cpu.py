@@ -1,0 +1,150 @@
+"""Time one fixed training workload on this machine's CPU: two Llamas, LIMA, SFT-GO with TF-IDF groups, whole optimizer steps.
+
+    python bench/train_cpu.py                        a few minutes on two cores
+    python bench/train_cpu.py --out numbers.json     the same numbers, to keep
+
+    small     demo/base's shape
+    large     a Llama of about 40M parameters, with its tokenizer
+
+Both start from fresh weights. Each is a run of train.py itself, in a process of its own, so what is timed is the loop people
+use, and the peak memory is that model's; the numbers come from the run's metrics.jsonl. A step's seconds hold packing,
+forward, backward, clipping and AdamW. Nothing is kept but --out.
+
+Compare peak memory at equal --steps only: on a CPU, torch caches oneDNN's kernels for each new row length, so it rises for
+some dozens of steps (ONEDNN_PRIMITIVE_CACHE_CAPACITY and LRU_CACHE_CAPACITY, say 64, bound it).
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from model import Llama, LlamaConfig, read_json, write_json
+
+SHARED = Path(os.environ.get("SFTGO_SHARED", ROOT.parent / "shared"))
+DTYPE = "bfloat16"
+WORKLOAD = {
+    "template": "plain", "context": 1024, "batch-size": 8, "micro-batch-tokens": 8 * 1024, "grouper": "tfidf", "eta": 0.9,
+    "lam-max": 0.9, "lr": 1e-4, "clip": 1.0, "seed": 0, "dtype": DTYPE,
+}  # fmt: skip
+SHAPES = {  # what each changes of demo/base's config.json
+    "small": {},
+    "large": dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4, head_dim=64),
+}
+STEPS = {"small": 12, "large": 4}  # the first one of each warms up and is not counted
+
+
+def lay_out(base: Path, folder: Path, shape: dict) -> int:
+    """A model folder without weights, from demo/base's config and tokenizer; returns the model's parameters."""
+    LlamaConfig.from_folder(base)  # complains of what is not one
+    folder.mkdir()
+    write_json(folder / "config.json", read_json(base / "config.json") | shape)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, folder / name)
+    with torch.device("meta"):
+        return sum(p.numel() for p in Llama(LlamaConfig.from_folder(folder)).parameters())
+
+
+def train(model: Path, data: Path, out: Path, *more: str) -> list[dict]:
+    """Run train.py on the CPU; returns its metrics, one row a step. It says itself what is wrong, and shows its progress bar."""
+    flags = [str(part) for name, value in WORKLOAD.items() for part in (f"--{name}", value)]
+    places = ["--model", str(model), "--data", str(data), "--out", str(out), "--cache", str(out.parent / "cache")]
+    command = [sys.executable, str(ROOT / "train.py"), *places, *flags, *more]
+    code = subprocess.run(command, stdout=subprocess.DEVNULL, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}).returncode
+    if code:
+        sys.exit(code if code > 0 else f"error: {model.name}: train.py was killed by signal {-code}; is there enough memory?")
+    metrics = out / "metrics.jsonl"
+    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.is_file() else []
+
+
+def summary(model: str, parameters: int, rows: list[dict]) -> dict:
+    """One model's numbers, from its steps after the first."""
+    seconds = [row["seconds"] for row in rows[1:]]
+    tokens = sum(row["tokens"] for row in rows[1:])
+    supervised = sum(row["important_tokens"] + row["unimportant_tokens"] for row in rows[1:])
+    return {
+        "model": model,
+        "parameters": parameters,
+        "steps": len(seconds),
+        "tokens": tokens,
+        "supervised_tokens": supervised,
+        "tokens_per_second": tokens / sum(seconds),
+        "supervised_tokens_per_second": supervised / sum(seconds),
+        "seconds_per_step_median": statistics.median(seconds),
+        "seconds": seconds,
+        "peak_memory_bytes": rows[-1]["peak_memory_bytes"],
+    }
+
+
+def machine() -> dict:
+    """What the numbers depend on besides the code; `load` is what else was running before we began."""
+    cpuinfo = Path("/proc/cpuinfo")
+    facts = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line) if cpuinfo.is_file() else {}
+    facts = {name.strip(): value.strip() for name, value in facts.items()}
+    return {
+        "cpu": facts.get("model name", "unknown"),
+        "bf16_instructions": sorted({"amx_bf16", "avx512_bf16"} & set(facts.get("flags", "").split())),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "torch": torch.__version__,
+        "dtype": DTYPE,
+    }
+
+
+def bench(base: Path, data: Path, models: list[str], steps: int | None, out: Path | None) -> None:
+    if not data.is_file():
+        raise ValueError(f"{data}: no such file; set SFTGO_SHARED to the folder that has data/lima, or give LIMA's training file with --data")
+    if steps is not None and steps < 2:
+        raise ValueError(f"--steps {steps}: expected at least 2, the first one warms up and is not counted")
+    about, results = machine(), []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        parameters = {name: lay_out(base, work / name, SHAPES[name]) for name in models}
+        train(work / models[0], data, work / "plan", "--dry-run")  # tokenizes for all, so that no model's peak holds the tokenizer's
+        print(
+            f"machine   {about['cpu']} ({', '.join(about['bf16_instructions']) or 'no bf16 instructions known'}), cores {about['cores']}, "
+            f"threads {about['threads']}, load {about['load']}; torch {about['torch']}, {about['dtype']}", flush=True,
+        )  # fmt: skip
+        for name in models:
+            rows = train(work / name, data, work / f"{name}-run", "--max-steps", str(steps or STEPS[name]))
+            results.append(r := summary(name, parameters[name], rows))
+            print(
+                f"{name:<8}  {r['parameters'] / 1e6:.1f}M parameters | {r['steps']} steps | {r['tokens_per_second']:,.0f} tokens/s | "
+                f"{r['supervised_tokens_per_second']:,.0f} supervised tokens/s | {r['seconds_per_step_median']:.3f} s/step (median) | "
+                f"peak {r['peak_memory_bytes'] / 1e9:.2f} GB", flush=True,
+            )  # fmt: skip
+    if out:
+        write_json(out, {"machine": about, "workload": WORKLOAD, "data": str(data), "results": results})
+
+
+def main() -> None:
+    intro, _, rest = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="train_cpu.py", description=intro, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--data", type=Path, default=SHARED / "data/lima/train.jsonl.gz", metavar="FILE", help="LIMA (default: the one in SFTGO_SHARED)")
+    parser.add_argument("--base", type=Path, default=ROOT / "demo/base", metavar="FOLDER", help="where config and tokenizer come from (default: demo/base)")
+    parser.add_argument("--one", choices=tuple(SHAPES), help="time this model only")
+    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each model, the first not counted (default: 12 small, 4 large)")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the numbers here too")
+    args = parser.parse_args()
+    try:
+        bench(args.base, args.data, [args.one] if args.one else list(SHAPES), args.steps, args.out)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+if __name__ == "__main__":
+    main()

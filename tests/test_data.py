@@ -1,0 +1,502 @@
+"""data.py: rows of every format tokenized as the templates say, cut and packed without losing a target, refused clearly when bad."""
+
+import gzip
+import json
+import shutil
+import unicodedata
+from itertools import groupby
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import CHAT_TEMPLATES, END, PROMPT, RESPONSE, TEMPLATE, Tokenizer, epoch_order, load_corpus, micro_batches, parse, read_rows
+from model import Llama
+from stories260k import SHARED
+from tiny import VOCAB, tiny_folder
+
+MARKS = {TEMPLATE: "{}", PROMPT: "‹{}›", RESPONSE: "⟦{}⟧", END: "⟪{}⟫"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer(tiny_folder(tmp_path_factory.mktemp("tiny")), VOCAB)
+
+
+@pytest.fixture
+def corpus_of(tmp_path, tokenizer):
+    """corpus_of(rows, template, context): what load_corpus makes of a file of `rows`."""
+
+    def load(rows, template="auto", context=4096, **how):
+        return load_corpus(write(tmp_path / "rows.jsonl", lines(rows)), how.pop("tokenizer", tokenizer), template, context, **how)
+
+    return load
+
+
+def write(path, raw: bytes):
+    path.write_bytes(raw)
+    return path
+
+
+def lines(rows) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def messages(turns) -> list[dict]:
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def samples(corpus) -> list[list[int]]:
+    return [corpus.ids[a:b].tolist() for a, b in zip(corpus.starts, corpus.starts[1:])]
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("ids", "kind", "starts"))
+
+
+def marked(tokenizer, corpus, i=0) -> str:
+    """Sample i as text: ‹prompt›, ⟦response⟧, ⟪end⟫, the rest bare; a special token is [name], so that one merely spelt out shows."""
+    special = {id: f"[{token.content[2:-2]}]" for id, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+    spans = groupby(range(corpus.starts[i], corpus.starts[i + 1]), key=lambda t: (int(corpus.kind[t]), corpus.ids[t] in special))
+    text = ""
+    for (kind, is_special), at in spans:
+        ids = [int(corpus.ids[t]) for t in at]
+        text += MARKS[kind].format("".join(special[id] for id in ids) if is_special else tokenizer.backend.decode(ids))
+    return text
+
+
+# ---- rows ----
+
+LINE = "the\u2028sea"  # U+2028 ends a line for str.splitlines, not for JSON
+TURNS = [("user", LINE), ("assistant", "Rain. 🐙"), ("user", "Sure?"), ("assistant", "Yes.")]
+SYSTEM = [("system", "He said")]
+FORMATS = {
+    "LIMA": ({"conversations": [text for _, text in TURNS], "source": "x"}, TURNS),
+    "ShareGPT": ({"conversations": [{"from": {"user": "human"}.get(role, "gpt"), "value": text} for role, text in TURNS]}, TURNS),
+    "messages": ({"messages": messages(TURNS)}, TURNS),
+    "messages with system": ({"messages": messages(SYSTEM + TURNS)}, SYSTEM + TURNS),
+    "prompt and completion": ({"prompt": LINE, "completion": "Rain."}, [("user", LINE), ("assistant", "Rain.")]),
+    "Alpaca": ({"instruction": LINE, "input": "", "output": "Rain."}, [("user", LINE), ("assistant", "Rain.")]),
+    "Alpaca without the field": ({"instruction": LINE, "output": "Rain."}, [("user", LINE), ("assistant", "Rain.")]),
+    "Alpaca with input": ({"instruction": LINE, "input": "3", "output": "4"}, [("user", LINE), ("input", "3"), ("assistant", "4")]),
+    "text": ({"text": LINE}, [("assistant", LINE)]),
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_read_from_arrays_and_lines_gzipped_or_not(tmp_path, tokenizer, name):
+    row, turns = FORMATS[name]
+    assert parse("here", row)[1] == turns
+    rows = [row, {**row, "id": 7}]
+    array, escaped = json.dumps(rows, ensure_ascii=False, indent=1).encode(), json.dumps(rows).encode()
+    windows = b"\xef\xbb\xbf" + lines(rows).replace(b"\n", b"\r\n\r\n")
+    first = load_corpus(write(tmp_path / "rows.jsonl", lines(rows)), tokenizer, "auto", 4096)
+    assert len(first) == 2 and first.template == ("text" if name == "text" else "alpaca" if "Alpaca" in name else "plain")
+    for raw in (array, escaped, windows, b"\xef\xbb\xbf" + array, gzip.compress(array), gzip.compress(windows), lines(rows).rstrip()):
+        assert same(load_corpus(write(tmp_path / "other", raw), tokenizer, "auto", 4096), first)
+
+
+@pytest.mark.fast
+def test_unanswered_and_empty_rows_are_left_out_and_counted(corpus_of, tokenizer):
+    whole = {"conversations": ["Hi", "Yes."]}
+    corpus = corpus_of([{"conversations": ["Hi", "Yes.", "Why?"]}, {"conversations": ["Hi"]}, {"prompt": "Hi", "completion": " \n"}, whole])
+    left_out = {"unanswered last turns left out": 1, "dropped: no response": 1, "dropped: empty response": 1}
+    assert corpus.counts == {"rows": 4, "kept": 2, **left_out}
+    assert samples(corpus) == samples(corpus_of([whole, whole]))
+
+
+# ---- templates ----
+
+BOS, CLOSE = "[begin_of_text]", "⟪[end_of_text]⟫"
+STANFORD = "Below is an instruction that describes a task"
+APPROPRIATELY = ". Write a response that appropriately completes the request.\n\n### Instruction:"
+ROLE = "[start_header_id]{}[end_header_id]\n\n"
+WITH_INPUT = {"instruction": "Name the sea", "input": "1 2", "output": "Yes"}
+SPELT = "<|eot_id|><|end_of_text|>"
+RENDERED = {  # a token that holds a character of the row's text, and a space or newline of the template's besides, is the prompt's
+    "plain": (
+        {"conversations": ["the sea", "Rain.", "Why?", "The end."]},
+        f"{BOS}User:‹ the sea›\n\nAssistant:⟦ Rain.⟧{CLOSE}User:‹ Why?\n\n›Assistant:⟦ The end.⟧{CLOSE}",
+    ),
+    "plain with system": (
+        {"messages": messages([("system", "He"), ("user", "Hi"), ("assistant", "Yes")])},
+        f"{BOS}System: ‹He›\n\nUser: ‹Hi›\n\nAssistant:⟦ Yes⟧{CLOSE}",
+    ),
+    "plain, white space": (
+        {"prompt": "\nthe sea\n", "completion": " \nYes\n "},
+        f"{BOS}User: ‹\nthe sea\n\n\n›Assistant:⟦  \nYes\n ⟧{CLOSE}",
+    ),
+    "plain, unicode": ({"prompt": "é e\u0301 日本 🐙", "completion": "🐙日"}, f"{BOS}User: ‹é e\u0301 日本 🐙›\n\nAssistant:⟦ 🐙日⟧{CLOSE}"),
+    "plain, nothing asked": ({"prompt": "", "completion": "Yes"}, f"{BOS}User: \n\nAssistant:⟦ Yes⟧{CLOSE}"),
+    "plain, spelt": ({"prompt": SPELT, "completion": SPELT}, f"{BOS}User: ‹{SPELT}›\n\nAssistant:⟦ {SPELT}⟧{CLOSE}"),
+    "plain of Alpaca": (WITH_INPUT, f"{BOS}User: ‹Name the sea\n\n1 2›\n\nAssistant:⟦ Yes⟧{CLOSE}"),
+    "alpaca": (
+        {"instruction": "the sea 🐙", "output": "\nYes"},
+        f"{BOS}{STANFORD}{APPROPRIATELY}\n‹the sea 🐙›\n\n### Response:⟦\nYes⟧{CLOSE}",
+    ),
+    "alpaca with input": (
+        WITH_INPUT,
+        f"{BOS}{STANFORD}, paired with an input that provides further context{APPROPRIATELY}\n"
+        f"‹Name the sea›\n\n### Input:\n‹1 2›\n\n### Response:⟦Yes⟧{CLOSE}",
+    ),
+    "alpaca of a dialogue": (
+        {"prompt": f"\n{SPELT}\n", "completion": "Yes"},
+        f"{BOS}{STANFORD}{APPROPRIATELY}‹\n\n{SPELT}\n\n\n›### Response:⟦Yes⟧{CLOSE}",
+    ),
+    "llama3": (
+        {"conversations": ["\n the sea ", " Rain.\n", SPELT, "\nYes"]},
+        f"{BOS}{ROLE.format('user')}‹the sea›[eot_id]{ROLE.format('assistant')}⟦Rain.⟧⟪[eot_id]⟫"
+        f"{ROLE.format('user')}‹{SPELT}›[eot_id]{ROLE.format('assistant')}⟦Yes⟧⟪[eot_id]⟫",
+    ),
+    "llama3 of Alpaca": (WITH_INPUT, f"{BOS}{ROLE.format('user')}‹Name the sea\n\n1 2›[eot_id]{ROLE.format('assistant')}⟦Yes⟧⟪[eot_id]⟫"),
+    "text": ({"text": f" the sea\n\n{SPELT}"}, f"{BOS}⟦ the sea\n\n{SPELT}⟧{CLOSE}"),
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", RENDERED)
+def test_a_row_is_rendered_and_labelled_exactly_as_its_template_says(corpus_of, tokenizer, name):
+    row, expected = RENDERED[name]
+    template = name.replace(",", "").split()[0]
+    corpus = corpus_of([row, row], template)
+    assert [marked(tokenizer, corpus, i) for i in range(2)] == [expected, expected]
+    assert corpus.template == template and corpus.ids.dtype == np.int32 and corpus.doc_ids.tolist() == sorted(corpus.doc_ids)
+
+    assert tokenizer.backend.encode("the").ids[0] == tokenizer.bos, "this tokenizer would add a second BOS by itself"
+    assert samples(corpus)[0].count(tokenizer.bos) == 1
+    answers = len([role for role, _ in parse("", row)[1] if role == "assistant"])
+    assert (corpus.kind == END).sum() == 2 * answers and corpus.loss_mask[corpus.starts[1:] - 1].all()
+    assert set(corpus.ids[corpus.kind == END].tolist()) <= set(tokenizer.stop_ids(template))
+
+    if template != "text":  # what generation is given is what training saw
+        prompt = tokenizer.prompt(template, [*parse("", row)[1][:-1], ("assistant", None)])
+        assert samples(corpus)[0][: len(prompt)] == prompt
+        assert corpus.kind[len(prompt)] == RESPONSE and corpus.kind[len(prompt) - 1] != RESPONSE
+
+
+@pytest.mark.fast
+def test_no_token_straddles_the_seam_before_a_response(corpus_of, tokenizer):
+    ids = samples(corpus_of([{"instruction": "Why?", "output": "Yes"}]))[0]
+    jointly = tokenizer.backend.encode(tokenizer.backend.decode(ids, skip_special_tokens=True), add_special_tokens=False).tokens
+    assert jointly[-1] == ":Yes", "tokenized as one string, the colon and the answer merge"
+    apart = [tokenizer.backend.id_to_token(id) for id in ids]
+    assert apart[-4] == ":" and "".join(apart[-3:-1]) == "Yes"
+
+
+@pytest.mark.fast
+def test_a_tokenizer_file_that_pads_truncates_and_names_end_as_pad_changes_nothing(tmp_path, corpus_of, tokenizer):
+    other = tiny_folder(tmp_path / "padding")
+    backend = data.tokenizers.Tokenizer.from_file(str(other / "tokenizer.json"))
+    backend.enable_padding(length=50, pad_id=tokenizer.end, pad_token=tokenizer.end_token)
+    backend.enable_truncation(5)
+    backend.save(str(other / "tokenizer.json"))
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": tokenizer.end_token}))
+    rows = [{"prompt": "the sea", "completion": "Rain and rivers carry a little salt."}] * 3
+    corpus = corpus_of(rows, tokenizer=Tokenizer(other, VOCAB))
+    assert same(corpus, corpus_of(rows))
+    batch = micro_batches(corpus, corpus.loss_mask, np.arange(3), 1000)[0]
+    assert (batch.targets[batch.loss_mask] == tokenizer.end).sum() == 3
+
+
+@pytest.mark.fast
+def test_llama3_is_refused_where_its_tokens_were_never_trained(tmp_path, tokenizer):
+    folder = tiny_folder(tmp_path / "m")
+    data.require_trained_headers(folder, tokenizer)  # no weights yet: all are untrained alike
+    model = Llama.from_pretrained(folder)
+    model.save_pretrained(folder)
+    data.require_trained_headers(folder, tokenizer)
+    for token in ("<|start_header_id|>", "<|eot_id|>"):
+        model = Llama.from_pretrained(folder)
+        with torch.no_grad():
+            model.model.embed_tokens.weight[tokenizer.id(token)] *= 0.01
+        model.save_pretrained(tmp_path / token)
+        with pytest.raises(ValueError, match=rf"embedding of {token.replace('|', '.')} has norm .* --template plain"):
+            data.require_trained_headers(tmp_path / token, tokenizer)
+    data.save_file({"tok_embeddings.weight": np.zeros((VOCAB, 32), np.float32)}, folder / "model.safetensors")  # Meta's layout
+    with pytest.raises(ValueError, match="model.embed_tokens.weight"):
+        data.require_trained_headers(folder, tokenizer)
+
+
+# ---- what is saved with the model ----
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("template", CHAT_TEMPLATES)
+def test_the_saved_chat_template_gives_transformers_our_token_ids(tmp_path, tokenizer, corpus_of, template):
+    transformers = pytest.importorskip("transformers")
+    Llama.from_pretrained(tokenizer.folder).save_pretrained(tmp_path / "model")
+    tokenizer.save(tmp_path / "model", template)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    stops = ["<|end_of_text|>", "<|eot_id|>"][: 1 + (template == "llama3")]
+    generation = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": tokenizer.bos, "eos_token_id": [theirs.convert_tokens_to_ids(t) for t in stops]}
+    assert theirs.eos_token == stops[-1] and theirs.bos_token == "<|begin_of_text|>"
+
+    def rendered(turns, **how):
+        return theirs.apply_chat_template(messages(turns), return_dict=True, **how)["input_ids"]
+
+    turns = [("user", "\nWhy is the sea salt? 🐙\n"), ("assistant", "Rain.\n\nYes 日"), ("user", "the end"), ("assistant", "The end.")]
+    turns = turns[:2] if template == "alpaca" else [("system", "He said"), *turns]
+    for stop in [i for i, (role, _) in enumerate(turns) if role == "assistant"]:
+        assert rendered(turns[:stop], add_generation_prompt=True) == tokenizer.prompt(template, [*turns[:stop], ("assistant", None)])
+    assert rendered(turns) == samples(corpus_of([{"messages": messages(turns)}], template))[0]
+
+    again = Tokenizer(tmp_path / "model", VOCAB)  # a saved folder is a model folder
+    assert (again.bos, again.end, again.digest) == (tokenizer.bos, tokenizer.end, tokenizer.digest)
+    again.save(tmp_path / "model", "text")
+    assert "chat_template" not in json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+
+
+# ---- length ----
+
+
+@pytest.mark.fast
+def test_a_sample_is_cut_from_its_end_and_no_end_token_is_faked(corpus_of, tokenizer):
+    short = {"prompt": "a", "completion": "Y"}
+    long = {"conversations": ["the sea was warm and small", "Rain.", "Why?", "The pool was warm."]}
+    (a, b), kinds = samples(corpus_of([short, long])), corpus_of([long]).kind
+    answer = int(np.argmax(kinds == RESPONSE))
+    assert len(a) <= answer < len(b)
+    for context in range(len(a), len(b) + 1):
+        corpus = corpus_of([short, long], context=context)
+        assert samples(corpus) == [a, b[:context]][: len(corpus)]
+        assert np.array_equal(corpus.kind, np.concatenate([corpus_of([short]).kind, kinds[:context]])[: len(corpus.ids)])
+        assert (len(corpus) == 2) == (context > answer)
+        assert corpus.counts.get("dropped: response cut away", 0) == 2 - len(corpus) == 2 - corpus.counts["kept"]
+        assert ("cut at the context length" in corpus.counts) == (context < len(b))
+
+
+@pytest.mark.fast
+def test_long_text_is_cut_into_pieces_that_together_train_on_each_token_once(corpus_of, tokenizer):
+    rows = [{"text": "Rain and rivers carry a little salt down to the sea.\n\n"}, {"text": "Yes"}]
+    whole = samples(corpus_of(rows))
+    for context in range(2, len(whole[0]) + 1):
+        corpus = corpus_of(rows, context=context)
+        pieces = samples(corpus)
+        assert all(piece[0] == tokenizer.bos and 1 < len(piece) <= context for piece in pieces)
+        body = [id for piece in pieces for id in piece[1:]]
+        assert body == whole[0][1:] + whole[1][1:] and body.count(tokenizer.end) == 2 and tokenizer.bos not in body
+        assert np.array_equal(~corpus.loss_mask, np.isin(np.arange(len(corpus.ids)), corpus.starts))
+
+
+# ---- batches ----
+
+
+@pytest.mark.fast
+def test_the_order_of_an_epoch_is_a_permutation_made_from_seed_and_epoch():
+    orders = {(s, e): epoch_order(10, 4, s, e, drop_last=False) for s in range(3) for e in range(3)}
+    for (seed, epoch), steps in orders.items():
+        assert [len(step) for step in steps] == [4, 4, 2] and sorted(np.concatenate(steps)) == list(range(10))
+        np.random.seed(epoch)  # nothing global has a say
+        for drop_last in (False, True):
+            again = epoch_order(10, 4, seed, epoch, drop_last)
+            assert len(again) == 3 - drop_last and all(map(np.array_equal, again, steps))
+    assert len({tuple(np.concatenate(steps)) for steps in orders.values()}) == 9
+    assert len(epoch_order(8, 4, 0, 0, False)) == len(epoch_order(8, 4, 0, 0, True)) == 2 and epoch_order(3, 4, 0, 0, True) == []
+
+
+@pytest.mark.fast
+def test_micro_batches_hold_each_sample_once_with_targets_and_labels_shifted_together(corpus_of, tokenizer):
+    words = "the sea was warm and small crabs were hiding under stones".split()
+    rows = [{"conversations": [f"Why {i}?", " ".join(words[: i % 11 + 1]), "Sure?", "Yes."][: 4 if i % 3 else 2]} for i in range(23)]
+    corpus = corpus_of(rows)
+    important = corpus.ids % 3 == 0  # a label that can be told from the target itself
+    number = {tuple(ids): i for i, ids in enumerate(samples(corpus))}
+    most = int(corpus.lengths.max() - 1)
+    for max_tokens in (most, 2 * most, 10_000):
+        supervised = ends = 0
+        for step in epoch_order(len(corpus), 5, seed=1, epoch=0, drop_last=False):
+            met = []
+            batches = micro_batches(corpus, important, step, max_tokens)
+            for batch in batches:
+                T = len(batch.targets)
+                assert T <= max_tokens and batch.tokens.shape == batch.layout.positions.shape == (1, T)
+                assert (batch.tokens.dtype, batch.targets.dtype, batch.loss_mask.dtype) == (torch.int64, torch.int64, torch.bool)
+                assert torch.equal(batch.important, batch.targets % 3 == 0)
+                assert torch.equal(batch.doc_ids, torch.repeat_interleave(torch.tensor(batch.layout.lengths)))
+                at = 0
+                for length in batch.layout.lengths:
+                    span = slice(at, at + length)
+                    inputs, targets = batch.tokens[0, span].tolist(), batch.targets[span].tolist()
+                    assert inputs[1:] == targets[:-1], "position i predicts the token at i + 1"
+                    sample = number[*inputs, targets[-1]]  # whole, and no target from a neighbour
+                    assert np.array_equal(batch.loss_mask[span], corpus.loss_mask[corpus.starts[sample] + 1 : corpus.starts[sample + 1]])
+                    assert batch.layout.positions[0, span].tolist() == list(range(length))
+                    met, at = [*met, sample], at + length
+                assert at == T
+                supervised += int(batch.loss_mask.sum())
+                ends += int((batch.targets[batch.loss_mask] == tokenizer.end).sum())
+            assert sorted(met) == sorted(step)
+            assert len(batches) == 1 or max_tokens < 10_000
+            tokens = sorted(len(batch.targets) for batch in batches)
+            assert len(tokens) == 1 or tokens[0] + tokens[1] > max_tokens, "two rows that would have fitted into one"
+        assert supervised == corpus.loss_mask.sum() and ends == sum(len(row["conversations"]) // 2 for row in rows)
+
+
+# ---- cache ----
+
+
+@pytest.mark.fast
+def test_a_second_load_reads_the_cache_and_any_change_misses_it(tmp_path, corpus_of, monkeypatch):
+    rows, cache = [{"conversations": ["Hi", "Yes.", "Why?"]}], tmp_path / "cache" / "deep"
+    first = corpus_of(rows, cache=cache)
+    with monkeypatch.context() as patched:
+        patched.delattr(data, "tokenize")
+        again = corpus_of(rows, cache=cache)
+        assert same(again, first) and (again.template, again.counts) == (first.template, first.counts)
+        for change in (dict(rows=rows * 2), dict(template="llama3"), dict(context=4095)):
+            with pytest.raises(NameError, match="tokenize"):
+                corpus_of(**{"rows": rows, "cache": cache, **change})
+        patched.setattr(data, "source_digest", lambda: "edited")
+        with pytest.raises(NameError, match="tokenize"):
+            corpus_of(rows, cache=cache)
+    assert len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "another file"])
+def test_a_damaged_cache_is_made_again_with_a_notice(tmp_path, corpus_of, capsys, damage):
+    rows, cache = [{"prompt": "Hi", "completion": "Yes."}], tmp_path / "cache"
+    first = corpus_of(rows, cache=cache)
+    (stored,) = cache.iterdir()
+    raw = stored.read_bytes()
+    stored.write_bytes({"truncated": raw[:-3], "empty": b"", "garbage": b"garbage" * 99, "another file": raw}[damage])
+    if damage == "another file":
+        data.save_file({"ids": first.ids}, stored)
+    assert same(corpus_of(rows, cache=cache), first)
+    assert f"{stored}: damaged" in capsys.readouterr().out
+    assert [path.read_bytes() for path in cache.iterdir()] == [raw]
+
+
+# ---- bad input ----
+
+ROW = b'{"prompt": "Hi", "completion": "Yes"}\n'
+BAD = {  # the file, what is said of it, and perhaps --template and --context
+    "no such file": (None, "no such file"),
+    "empty": (b"", "no rows"),
+    "empty array": (b"[]", "no rows"),
+    "line cut short": (ROW + b'{"prompt": "Hi', r"rows\.jsonl:2: not JSON \(.* at column 12\); expected one object a line"),
+    "array cut short": (b'[{"text": "a"},\n{"text": ', r"rows\.jsonl:2: not JSON"),
+    "Latin-1": (ROW + b'{"text": "caf\xe9"}', r"rows\.jsonl:2: byte 0xe9 is not UTF-8; .*iconv"),
+    "half a surrogate pair": (ROW + b'{"prompt": "Hi", "completion": "\\ud83d"}', r"rows\.jsonl:2: .*surrogate"),
+    "gzip cut short": (gzip.compress(ROW * 99)[:-12], "not a whole gzip file"),
+    "gzip damaged": (gzip.compress(ROW)[:12] + b"\xff" * 40, "not a whole gzip file"),
+    "a number": (ROW + b"3\n", r"rows\.jsonl:2: int, expected an object"),
+    "array of strings": (b'["a"]', r"item 1: str, expected an object"),
+    "unknown fields": (b'{"ask": 1}', "fields .?ask.?; expected conversations .*messages, instruction and output .*completion, or text"),
+    "field name of two lines": (b'{"a\\nb": 1}', "; expected conversations"),
+    "turns that are numbers": (b'{"conversations": [1, 2]}', r":1: conversations\[0\] is int, expected a string"),
+    "no turns": (b'{"conversations": []}', r"conversations is \[\], expected a list"),
+    "turns as a string": (b'{"messages": "Hi"}', 'messages is "Hi", expected a list'),
+    "output null": (b'{"instruction": "a", "output": null}', "output is NoneType, expected a string"),
+    "text a list": (b'{"text": ["a"]}', "text is list"),
+    "no role": (b'{"messages": [{"content": "a"}]}', r'messages\[0\] is \{"content": "a"\}, expected an object with role .* and content'),
+    "unknown role": (b'{"conversations": [{"from": "x", "value": "a"}]}', r"conversations\[0\] is .* expected an object with from"),
+    "role a list": (b'{"messages": [{"role": ["user"], "content": "a"}]}', r"messages\[0\] is .* expected an object with role"),
+    "content a list": (b'{"messages": [{"role": "user", "content": []}]}', r"messages\[0\]\.content is list"),
+    "two kinds": (ROW + b'{"text": "a"}', r"rows\.jsonl:2: a row of text, but the file began with dialogue; split the file"),
+    "all empty": (b'{"prompt": "Hi", "completion": ""}\n' * 3, "none of 3 rows is usable .*3 dropped: empty response"),
+    "all unanswered": (b'{"conversations": ["Hi"]}', "none of 1 rows is usable .*1 dropped: no response"),
+    "all cut away": (ROW, "none of 1 rows is usable .*1 dropped: response cut away.* --context 4 tokens", "auto", 4),
+    "text to a dialogue's template": (b'{"text": "a"}', ":1: a row of text does not fit --template plain; use --template text", "plain"),
+    "dialogue as text": (ROW, ":1: a row of dialogue does not fit --template text; use --template plain", "text"),
+    "two questions to alpaca": (
+        ROW + b'{"conversations": ["a", "b", "c", "d"]}',
+        r"rows\.jsonl:2: user, assistant, user, assistant: --template alpaca holds one .* use --template plain",
+        "alpaca",
+    ),
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("fault", BAD)
+def test_a_bad_file_gets_one_clear_error(tmp_path, tokenizer, fault):
+    raw, message, *given = BAD[fault]
+    template, context = (*given, *("auto", 4096)[len(given) :])
+    path = tmp_path / "rows.jsonl"
+    if raw is not None:
+        write(path, raw)
+    with pytest.raises(ValueError, match=message) as e:
+        load_corpus(path, tokenizer, template, context, tmp_path / "cache")
+    assert str(e.value).startswith(str(path)) and "\n" not in str(e.value)
+    assert not (tmp_path / "cache").exists()
+
+
+def _replace(name, old, new):
+    return lambda folder: (folder / name).write_text((folder / name).read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+
+
+BAD_TOKENIZERS = {
+    "no tokenizer.json": (lambda folder: (folder / "tokenizer.json").unlink(), "m: no tokenizer.json here"),
+    "garbage": (lambda folder: write(folder / "tokenizer.json", b"{"), r"tokenizer\.json: not a tokenizers file"),
+    "another model's": (lambda folder: None, r"tokenizer\.json: ids up to 511, but the model embeds 500 tokens"),
+    "no begin token": (_replace("tokenizer.json", "<|begin_of_text|>", "<|begin|>"), r"m: no bos_token: .*<\|begin_of_text\|>"),
+    "no end token": (_replace("tokenizer.json", "<|end_of_text|>", "<|end|>"), r"m: no eos_token: .*<\|end_of_text\|>"),
+    "no <|eot_id|>": (_replace("tokenizer.json", "<|eot_id|>", "<|eot|>"), r"m: the tokenizer has no <\|eot_id\|>; use another --template"),
+    "settings cut short": (lambda folder: write(folder / "tokenizer_config.json", b"{"), r"tokenizer_config\.json: not readable as JSON"),
+    "settings a list": (lambda folder: write(folder / "tokenizer_config.json", b"[]"), r"tokenizer_config\.json: "),
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("fault", BAD_TOKENIZERS)
+def test_a_bad_tokenizer_gets_one_clear_error(tmp_path, fault):
+    break_it, message = BAD_TOKENIZERS[fault]
+    folder = tiny_folder(tmp_path / "m")
+    break_it(folder)
+    with pytest.raises(ValueError, match=message) as e:
+        Tokenizer(folder, 500 if fault == "another model's" else VOCAB).stop_ids("llama3")
+    assert "\n" not in str(e.value)
+
+
+# ---- real data ----
+
+
+def shared(name):
+    if not (SHARED / name).exists():
+        pytest.skip(f"{SHARED / name} is absent; set SFTGO_SHARED to the folder that has it")
+    return SHARED / name
+
+
+@pytest.fixture
+def neox(tmp_path):
+    """GPT-NeoX's tokenizer: 50,277 tokens, one special token that is both begin and end, given here in the long spelling."""
+    shutil.copy(shared("tokenizers/gpt-neox-20b/tokenizer.json"), tmp_path)
+    end = "<|endoftext|>"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": end}, "eos_token": end}))
+    return Tokenizer(tmp_path, 50_432)
+
+
+def test_lima_is_kept_whole_and_exactly_its_answers_are_trained_on(neox):
+    path = shared("data/lima/train.jsonl.gz")
+    corpus = load_corpus(path, neox, "auto", 100_000)
+    assert corpus.counts == {"rows": 1030, "kept": 1030, "unanswered last turns left out": 1}
+    dialogues = [row["conversations"] for _, row in read_rows(path)]
+    for i, turns in enumerate(dialogues):
+        sample = slice(corpus.starts[i], corpus.starts[i + 1])
+        text = neox.backend.decode(corpus.ids[sample][corpus.loss_mask[sample]], skip_special_tokens=False)
+        expected = "".join(f" {answer}{neox.end_token}" for answer in turns[1::2])
+        assert text == unicodedata.normalize("NFC", expected), f"row {i + 1}"  # this tokenizer normalizes
+        asked = neox.decode(corpus.ids[sample][corpus.kind[sample] == PROMPT])  # perhaps with white space of the template's
+        expected = " ".join(turns[: len(turns) // 2 * 2 : 2])
+        assert "".join(asked.split()) == "".join(unicodedata.normalize("NFC", expected).split()), f"row {i + 1}"
+    assert (corpus.kind == END).sum() == sum(len(turns) // 2 for turns in dialogues)
+
+    cut = load_corpus(path, neox, "auto", 2048)
+    assert cut.counts["cut at the context length"] == (corpus.lengths > 2048).sum() > 0
+    assert cut.lengths.max() == 2048
+
+
+def test_alpaca_loses_only_its_28_empty_answers(tmp_path, neox, monkeypatch):
+    path = shared("data/alpaca/alpaca_data.json.gz")
+    rows = [row for _, row in read_rows(path)]
+    corpus = load_corpus(write(tmp_path / "part.jsonl", lines(rows[:3000])), neox, "auto", 4096)
+    empty = sum(not row["output"] for row in rows[:3000])
+    assert corpus.template == "alpaca" and corpus.counts == {"rows": 3000, "kept": 3000 - empty, "dropped: empty response": empty}
+
+    one = np.array([neox.bos, 5], np.int32), np.array([TEMPLATE, RESPONSE], np.uint8)
+    monkeypatch.setattr(data, "tokenize", lambda documents, tokenizer: [one] * len(documents))  # all rows, without the wait
+    assert load_corpus(path, neox, "auto", 4096).counts == {"rows": 52_002, "kept": 51_974, "dropped: empty response": 28}

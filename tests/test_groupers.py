@@ -1,0 +1,169 @@
+"""groupers.py: scores a human can check, one threshold rule, and labels that stay with their tokens."""
+
+import math
+import random as python_random
+
+import numpy as np
+import pytest
+import torch
+
+import groupers
+from data import END, PROMPT, RESPONSE, TEMPLATE, Corpus, Tokenizer, load_corpus, micro_batches
+from groupers import important
+from model import LlamaConfig
+from stories260k import SHARED
+from tiny import tiny_folder
+
+LIMA = SHARED / "data" / "lima" / "train.jsonl.gz"
+
+
+def corpus_of(*samples):
+    """Samples of (ids, kinds) end to end."""
+    ids, kinds = zip(*samples)
+    starts = np.cumsum([0, *map(len, ids)])
+    return Corpus(np.concatenate(ids).astype(np.int32), np.concatenate(kinds).astype(np.uint8), starts, "plain")
+
+
+def sentence(*ids):
+    """A BOS, one prompt token of its own, the response, an end token."""
+    return [100, 50, *ids, 101], [TEMPLATE, PROMPT] + [RESPONSE] * len(ids) + [END]
+
+
+def plain_loop(scores, loss_mask, doc_ids, eta):
+    """The rule of the docstring, a token at a time."""
+    verdict = [False] * len(scores)
+    for doc in set(doc_ids):
+        mine = [i for i in range(len(scores)) if doc_ids[i] == doc and loss_mask[i]]
+        if mine:
+            k = max(1, math.floor((1 - eta) * len(mine) + 0.5 + 1e-9))
+            threshold = sorted((scores[i] for i in mine), reverse=True)[k - 1]
+            for i in mine:
+                verdict[i] = scores[i] >= threshold and scores[i] > -math.inf
+    return verdict
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("seed", range(40))
+def test_important_follows_the_threshold_rule(seed):
+    rng = python_random.Random(seed)
+    lengths = [rng.randint(1, 12) for _ in range(rng.randint(1, 6))]
+    doc_ids = [d for d, n in enumerate(lengths) for _ in range(n)]
+    scores = [rng.choice([0.0, 0.5, 1.0, 2.0, -math.inf, rng.random()]) for _ in doc_ids]
+    loss_mask = [rng.random() < 0.7 for _ in doc_ids]
+    for eta in (0.0, 0.25, 0.5, 0.7, 0.9, 1.0):
+        got = important(torch.tensor(scores), torch.tensor(loss_mask), torch.tensor(doc_ids), eta)
+        assert got.tolist() == plain_loop(scores, loss_mask, doc_ids, eta)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("n, eta, count", [(10, 0.9, 1), (10, 0.75, 3), (10, 0.7, 3), (5, 0.9, 1), (15, 0.9, 2), (1, 0.9, 1), (20, 0.85, 3), (4, 1.0, 1), (4, 0.0, 4)])
+def test_eta_is_a_percentile_rounded_half_up_and_never_empties_a_sample(n, eta, count):
+    got = important(torch.arange(float(n)), torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.int64), eta)
+    assert got.sum() == count and got[-1] and (count == n or not got[0])
+
+
+@pytest.mark.fast
+def test_equal_scores_share_a_group_and_what_cannot_be_judged_is_never_important():
+    everywhere, one = torch.ones(5, dtype=torch.bool), torch.zeros(5, dtype=torch.int64)
+    assert important(torch.tensor([3.0, 1, 3, 3, 0]), everywhere, one, 0.9).tolist() == [True, False, True, True, False]
+    inf = -torch.inf
+    assert important(torch.tensor([inf, inf, inf, 1, inf]), everywhere, one, 0.5).tolist() == [False, False, False, True, False]
+    assert not important(torch.full((5,), inf), everywhere, one, 0.5).any()
+
+
+@pytest.mark.fast
+def test_important_handles_nothing_supervised_and_says_what_is_wrong():
+    none = torch.zeros(3, dtype=torch.bool)
+    assert not important(torch.rand(3), none, torch.zeros(3, dtype=torch.int64), 0.5).any()
+    assert important(torch.rand(0), none[:0], torch.zeros(0, dtype=torch.int64), 0.5).shape == (0,)
+    with pytest.raises(ValueError, match="eta is 90, expected a percentile"):
+        important(torch.rand(3), none, torch.zeros(3, dtype=torch.int64), 90)
+    with pytest.raises(ValueError, match="expected one shape"):
+        important(torch.rand(4), none, torch.zeros(3, dtype=torch.int64), 0.9)
+
+
+@pytest.mark.fast
+def test_tfidf_of_three_sentences_worked_by_hand():
+    # token 1 is in all three samples, 2 in two, 3 in one (twice); the prompt token 50 is in all three
+    corpus = corpus_of(sentence(1, 2), sentence(1, 2, 2), sentence(1, 3, 3))
+    rare, some, common = math.log(4 / 2) + 1, math.log(4 / 3) + 1, math.log(4 / 4) + 1
+    inf = -math.inf
+    by_hand = [inf, common, common, some, inf] + [inf, common, common, 2 * some, 2 * some, inf] + [inf, common, common, 2 * rare, 2 * rare, inf]
+    np.testing.assert_allclose(groupers.tfidf(corpus), by_hand)
+    verdict = groupers.label_corpus("tfidf", corpus, 0.75, seed=0)
+    assert verdict.tolist() == [s == best for s, best in zip(by_hand, 5 * [some] + 6 * [2 * some] + 6 * [2 * rare])]
+
+
+@pytest.mark.fast
+def test_tfidf_counts_the_prompt_but_labels_only_what_is_trained_on():
+    corpus = corpus_of(([100, 7, 7, 7, 7, 101], [TEMPLATE, PROMPT, PROMPT, PROMPT, RESPONSE, END]), sentence(8))
+    assert groupers.tfidf(corpus)[4] == pytest.approx(4 * (math.log(3 / 2) + 1))
+    assert groupers.label_corpus("tfidf", corpus, 0.9, 0).tolist() == [False] * 4 + [True, False] + [False, False, True, False]
+
+
+@pytest.mark.fast
+def test_frequency_calls_the_rarer_token_more_important():
+    scores = groupers.frequency(corpus_of(sentence(1, 1, 2), sentence(1, 3)))
+    np.testing.assert_allclose(scores, [-np.inf, 1 / 2, 1 / 3, 1 / 3, 1, -np.inf, -np.inf, 1 / 2, 1 / 3, 1, -np.inf])
+
+
+@pytest.mark.fast
+def test_random_depends_on_its_seed_alone_and_leaves_global_generators_alone():
+    corpus = corpus_of(sentence(*range(1, 40)), sentence(*range(1, 40)))
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), python_random.getstate()
+    a, b, c = (groupers.label_corpus("random", corpus, 0.7, seed) for seed in (0, 0, 1))
+    assert (a == b).all() and (a != c).any()
+    assert a.sum() == 2 * 12, "30 % of 39 words and an end token, rounded, in each sample"
+    assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all() and before[2] == python_random.getstate()
+
+
+@pytest.mark.fast
+def test_the_loss_grouper_labels_the_highest_losses_of_each_sample():
+    corpus = corpus_of(sentence(1, 2, 3), sentence(4, 5, 6))
+    (batch,) = micro_batches(corpus, groupers.label_corpus("loss", corpus, 0.7, 0), np.arange(2), 64)
+    assert not batch.important.any(), "nothing is labelled before the losses are known"
+    nll = torch.tensor([9.0, 0.1, 0.2, 0.3, 0.0, 9.0, 5.0, 4.0, 6.0, 1.0])  # prompt, 3 words, end; twice
+    verdict = groupers.labeller("loss", 0.7)(nll, batch)
+    assert verdict.tolist() == [False, False, False, True, False] + [False, False, False, True, False]
+    assert groupers.labeller("tfidf", 0.7)(nll, batch) is batch.important
+
+
+@pytest.mark.fast
+def test_every_named_grouper_can_label():
+    corpus = corpus_of(sentence(1, 2, 3), sentence(1, 4, 4))
+    for name in groupers.GROUPERS:
+        verdict = groupers.label_corpus(name, corpus, 0.5, 0)
+        assert verdict.dtype == bool and verdict.shape == corpus.ids.shape
+        assert verdict.any() == (name in ("random", "frequency", "tfidf"))
+
+
+@pytest.fixture(scope="module")
+def lima(tmp_path_factory):
+    if not LIMA.is_file():
+        pytest.skip(f"{LIMA} is absent; set SFTGO_SHARED to the folder that has data/lima")
+    folder = tiny_folder(tmp_path_factory.mktemp("model"))
+    return load_corpus(LIMA, Tokenizer(folder, LlamaConfig.from_folder(folder).vocab_size), "plain", 4096)
+
+
+def test_tfidf_ranks_equal_scikit_learns_on_lima(lima):
+    text = pytest.importorskip("sklearn.feature_extraction.text")
+    judged, ours = groupers.judgeable(lima), groupers.tfidf(lima)
+    spans = list(zip(lima.starts, lima.starts[1:]))
+    documents = [lima.ids[a:b][judged[a:b]].tolist() for a, b in spans]
+    raw = text.TfidfVectorizer(analyzer=lambda ids: ids, norm=None)
+    default = text.TfidfVectorizer(analyzer=lambda ids: ids)  # divides each document by its norm
+    raw_rows, default_rows = raw.fit_transform(documents), default.fit_transform(documents)
+    for i, (a, b) in enumerate(spans):
+        mine, columns = ours[a:b][judged[a:b]], [raw.vocabulary_[t] for t in documents[i]]
+        np.testing.assert_allclose(mine, raw_rows[[i]].toarray()[0, columns], rtol=1e-12)
+        ratio = mine / default_rows[[i]].toarray()[0, columns]
+        np.testing.assert_allclose(ratio, ratio[0], rtol=1e-9)  # one factor a document: the same ranks
+
+
+def test_on_lima_the_important_share_is_somewhat_above_one_minus_eta(lima):
+    mask = lima.loss_mask
+    for eta in (0.5, 0.9):
+        share = groupers.label_corpus("tfidf", lima, eta, 0)[mask].mean()
+        assert 1 - eta - 0.01 < share < 1 - eta + 0.2
+    random = groupers.label_corpus("random", lima, 0.9, 0)[mask].mean()
+    assert abs(random - 0.1) < 0.003

@@ -1,0 +1,53 @@
+"""README.md: the command that a newcomer types first does what is said beside it, and does it twice."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import recipes
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_first_command_works_and_works_twice(tmp_path):
+    (command,) = re.findall(r'^pip install -e "\.\[plots\]" && (.+)$', README, re.M)
+    assert command == "python train.py"
+    finals = []
+    for n in (1, 2):
+        done = subprocess.run([sys.executable, ROOT / "train.py"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        out = tmp_path / "runs" / f"demo-{n}"
+        assert f"in runs/demo-{n}\n" in done.stdout and "\nsample " in done.stdout
+        assert {"config.json", "metrics.jsonl", "losses.png", "model"} <= set(os.listdir(out))
+        log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        finals.append(log[-1]["ce"])
+        assert sum(row["ce"] for row in log[-20:]) / 20 < log[0]["ce"] - 0.5, "the demo should visibly learn"
+    assert finals[0] == finals[1]
+
+
+@pytest.mark.fast
+def test_the_demo_is_whole_and_small():
+    base = recipes.DEMO / "base"
+    assert sum(path.stat().st_size for path in base.iterdir()) <= 8_000_000
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(os.listdir(base))
+    rows = [json.loads(line) for line in (recipes.DEMO / "instructions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) >= 200 and len({row["prompt"] for row in rows}) == len(rows)
+
+
+@pytest.mark.fast
+def test_every_file_and_flag_the_readme_names_exists():
+    import dataclasses
+
+    import train
+
+    flags = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(train.Config)}
+    ours = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README)) - {"--help", "--exclude", "--limit"}
+    assert ours <= flags, ours - flags
+    for name in re.findall(r"`((?:[a-z0-9_]+/)*[a-z0-9_]+\.(?:py|md|jsonl|toml))`", README):
+        assert (ROOT / name).exists() or name in ("metrics.jsonl",), name

@@ -1,0 +1,472 @@
+"""train.py: an exact step however it is cut, a run folder that adds up, and one clear line for every mistake."""
+
+import ast
+import json
+import math
+import sys
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import groupers
+import train
+from model import Layout, Llama, LlamaConfig
+from sftgo import sft_go, sft_go_loss
+from stories260k import SHARED
+from tiny import tiny_folder
+
+ROWS = [
+    {"prompt": f"What is {w}?", "completion": f"It is {w * n}, or so they say, {w} and {n}."}
+    for n, w in enumerate(("water", "a long river", "the sun", "bread", "time", "a king", "glass", "the sea", "salt", "an owl", "iron"), 1)
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny_folder(tmp_path / "tiny")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def config(folder, rows, *flags):
+    base = f"--model {folder} --data {rows} --context 128 --micro-batch-tokens 512 --batch-size 4 --epochs 2 --lr 1e-2 --dtype float32"
+    return train.parse_args([*base.split(), *map(str, flags)])
+
+
+def run(folder, rows, *flags):
+    return train.train(config(folder, rows, *flags))
+
+
+def metrics(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- the step ----
+
+
+@pytest.fixture
+def model_and_corpus(folder, rows):
+    cfg = LlamaConfig.from_folder(folder)
+    return Llama.from_pretrained(folder, seed=1), data.load_corpus(rows, data.Tokenizer(folder, cfg.vocab_size), "plain", 128)
+
+
+def gradient(model):
+    grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    return grads
+
+
+def cut(corpus, important, pieces):
+    """All samples in `pieces` packed rows of unequal size."""
+    edges = [round(len(corpus) * (i / pieces) ** 1.5) for i in range(pieces + 1)]
+    return [data.pack(corpus, important, list(range(a, b))) for a, b in zip(edges, edges[1:]) if a < b]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("worst", ["max", "important"])
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("grouper", ["tfidf", "loss"])
+def test_any_cut_into_micro_batches_gives_the_gradient_of_the_whole_step(model_and_corpus, grouper, lam, worst):
+    model, corpus = model_and_corpus
+    important = groupers.label_corpus(grouper, corpus, 0.7, 0)
+    label, objective = groupers.labeller(grouper, 0.7), partial(sft_go, lam=lam, worst=worst)
+
+    (whole,) = cut(corpus, important, 1)  # the definition: one batch, full logits, one graph
+    hidden = model(whole.tokens, whole.layout)[0]
+    nll = F.cross_entropy(model.lm_head(hidden), whole.targets, reduction="none")
+    loss, stats = sft_go_loss(nll, label(nll.detach(), whole), whole.loss_mask, lam, worst)
+    assert abs(stats["important"] - stats["unimportant"]) > 1e-5
+    loss.backward()
+    expected = gradient(model)
+
+    for pieces in (1, 2, 3, 7):
+        batches = cut(corpus, important, pieces)
+        assert len(batches) == pieces
+        nats, tokens = train.step(model, batches, objective, label)
+        assert abs(objective(nats, tokens) - loss) < 1e-5
+        assert (gradient(model) - expected).abs().max() <= 1e-6 * (1 + expected.abs().max())
+        if lam == 0:  # prices known beforehand: no probe, the same gradient
+            again = train.step(model, batches, objective, label, probe=False)
+            assert torch.allclose(again[0], nats) and torch.equal(again[1], tokens)
+            assert (gradient(model) - expected).abs().max() <= 1e-6 * (1 + expected.abs().max())
+
+
+@pytest.mark.fast
+def test_without_a_probe_each_micro_batch_is_run_once(model_and_corpus):
+    model, corpus = model_and_corpus
+    batches = cut(corpus, np.zeros(len(corpus.ids), bool), 3)
+    calls = []
+    model.register_forward_hook(lambda *a: calls.append(torch.is_grad_enabled()))
+    train.step(model, batches, partial(sft_go, lam=0.0), groupers.labeller("none", 0.9), probe=False)
+    assert calls == [True] * 3
+    calls.clear()
+    train.step(model, batches, partial(sft_go, lam=0.5), groupers.labeller("none", 0.9))
+    assert calls == [False] * 3 + [True] * 3
+    calls.clear()
+    train.step(model, batches[:1], partial(sft_go, lam=0.5), groupers.labeller("none", 0.9))
+    assert calls == [True]
+
+
+@pytest.mark.fast
+def test_scope_micro_batch_is_the_token_weighted_mean_of_each_cuts_own_loss(model_and_corpus):
+    model, corpus = model_and_corpus
+    important = groupers.label_corpus("tfidf", corpus, 0.7, 0)
+    batches, label = cut(corpus, important, 3), groupers.labeller("tfidf", 0.7)
+    total = sum(int(b.loss_mask.sum()) for b in batches)
+    for lam in (0.0, 0.7):
+        expected = 0.0
+        for b in batches:
+            loss, _ = sft_go_loss(train.batch_nll(model, b), b.important, b.loss_mask, lam)
+            expected = expected + loss * b.loss_mask.sum() / total
+        expected.backward()
+        by_hand = gradient(model)
+        _, _, loss = train.micro_batch_step(model, batches, partial(sft_go, lam=lam), label)
+        assert abs(loss - expected) < 1e-5
+        micro = gradient(model)
+        assert (micro - by_hand).abs().max() < 1e-6
+        train.step(model, batches, partial(sft_go, lam=lam), label)
+        assert torch.allclose(micro, gradient(model), atol=1e-6) == (lam == 0), "exact for cross-entropy, only like it otherwise"
+
+
+class Unigram(torch.nn.Module):
+    """A bias over ten tokens, in the shape `batch_nll` expects of a model."""
+
+    def __init__(self):
+        super().__init__()
+        self.lm_head = torch.nn.Linear(1, 10, bias=False)
+        torch.nn.init.zeros_(self.lm_head.weight)
+
+    def forward(self, tokens, layout):
+        return torch.ones(*tokens.shape, 1)
+
+
+@pytest.mark.fast
+def test_training_follows_the_objective_it_is_given():
+    targets = torch.tensor([3, 3, 3, 7, 3, 3, 3, 3])  # one important seven among threes
+    batch = data.Batch(targets[None], targets, torch.ones(8, dtype=torch.bool), targets == 7, torch.zeros(8, dtype=torch.int64), Layout.packed([8]))
+    learnt = {}
+    for name, objective in {"ce": lambda nats, tokens: nats.sum() / tokens.sum(), "only important": lambda nats, tokens: nats[1] / tokens[1]}.items():
+        model = Unigram()
+        for _ in range(20):
+            train.step(model, [batch], objective, lambda nll, batch: batch.important)
+            with torch.no_grad():
+                model.lm_head.weight -= model.lm_head.weight.grad
+            model.zero_grad()
+        learnt[name] = int(model.lm_head.weight.argmax())
+    assert learnt == {"ce": 3, "only important": 7}
+
+
+@pytest.mark.fast
+def test_a_prompt_token_moves_no_weight(model_and_corpus):
+    model, corpus = model_and_corpus
+    (batch,) = cut(corpus, np.zeros(len(corpus.ids), bool), 1)
+    train.step(model, [batch], partial(sft_go, lam=0.5), groupers.labeller("none", 0.9))
+    before = gradient(model)
+    batch.targets = torch.where(batch.loss_mask, batch.targets, (batch.targets + 1) % model.cfg.vocab_size)
+    train.step(model, [batch], partial(sft_go, lam=0.5), groupers.labeller("none", 0.9))
+    assert torch.equal(gradient(model), before)
+
+
+@pytest.mark.fast
+def test_learning_rate_warms_up_from_above_zero_and_goes_to_zero():
+    rates = [train.lr_at(t, 10, 1.0, "cosine", 0.25) for t in range(10)]
+    assert rates[:3] == [1 / 3, 2 / 3, 1.0] and rates[3] == 1.0  # ceil(2.5) steps of warm-up
+    assert rates[3:] == sorted(rates[3:], reverse=True) and rates[-1] == pytest.approx((1 + math.cos(math.pi * 6 / 7)) / 2)
+    assert [train.lr_at(t, 4, 2.0, "linear", 0.0) for t in range(4)] == [2.0, 1.5, 1.0, 0.5]
+    assert {train.lr_at(t, 4, 2.0, "constant", 0.0) for t in range(4)} == {2.0}
+
+
+@pytest.mark.fast
+def test_weight_decay_is_on_matrices_only(model_and_corpus, folder, rows):
+    decayed, kept = train.adamw(model_and_corpus[0], config(folder, rows, "--weight-decay", 0.3)).param_groups
+    assert decayed["weight_decay"] == 0.3 and all(p.ndim == 2 for p in decayed["params"])
+    assert kept["weight_decay"] == 0.0 and len(kept["params"]) == 5 and all(p.ndim == 1 for p in kept["params"])
+
+
+# ---- whole runs ----
+
+
+def test_a_run_overfits_its_rows_and_its_log_adds_up(folder, rows, tmp_path, capsys):
+    out = run(folder, rows, "--out", tmp_path / "out", "--epochs", 40, "--grouper", "tfidf", "--eta", 0.7, "--lam-max", 0.9, "--lam-min", 0.2)
+    log = metrics(out)
+    assert [row["step"] for row in log] == list(range(1, 121)) and log[-1]["epoch"] == 39
+    assert log[-1]["ce"] < 1.0 < log[0]["ce"] / 5
+    for i, row in enumerate(log):
+        assert row["lam"] == pytest.approx(max(0.9 * (1 - i / 120), 0.2))
+        assert row["loss"] == pytest.approx((1 - row["lam"]) * row["ce"] + row["lam"] * max(row["important"], row["unimportant"]), rel=1e-9)
+        n1, n0 = row["important_tokens"], row["unimportant_tokens"]
+        assert row["ce"] == pytest.approx((n1 * row["important"] + n0 * row["unimportant"]) / (n0 + n1))
+        assert row["worst"] == ("important" if row["important"] >= row["unimportant"] else "unimportant")
+    assert sum(row["important_tokens"] + row["unimportant_tokens"] for row in log[:3]) == sum(row["important_tokens"] + row["unimportant_tokens"] for row in log[3:6])
+    names = "step epoch loss ce important unimportant important_tokens unimportant_tokens worst lam lr grad_norm tokens seconds tokens_per_second peak_memory_bytes"
+    assert list(log[0]) == names.split()
+    about = json.loads((out / "config.json").read_text())
+    assert about["config"]["eta"] == 0.7 and about["versions"]["torch"] == torch.__version__
+    assert (out / "losses.png").stat().st_size > 5000
+    said = capsys.readouterr().out
+    assert "11 rows, 11 samples kept" in said and "120 in all" in said and "of the supervised tokens important" in said and "sample" in said
+
+
+def test_the_saved_model_is_what_transformers_loads(folder, rows, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    out = run(folder, rows, "--out", tmp_path / "out", "--save-dtype", "float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
+    ours = Llama.from_pretrained(out / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "model")
+    ids = torch.tensor(tokenizer.apply_chat_template([{"role": "user", "content": "What is water?"}], add_generation_prompt=True)["input_ids"])
+    hidden = ours(ids[None], Layout.packed([len(ids)]))
+    assert (ours.lm_head(hidden) - theirs(ids[None]).logits).abs().max() <= 1e-4
+    assert theirs.generation_config.eos_token_id == [ours.cfg.raw["eos_token_id"]]
+    new = theirs.generate(ids[None], max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+    assert [t for t in new if t != ours.cfg.raw["eos_token_id"]] == ours.generate([ids.tolist()], 12, stop_ids=(ours.cfg.raw["eos_token_id"],))[0]
+
+
+def test_the_same_seed_gives_the_same_run_and_micro_batches_change_only_rounding(folder, rows, tmp_path):
+    def losses(name, *flags):
+        return [row["loss"] for row in metrics(run(folder, rows, "--out", tmp_path / name, "--epochs", 7, "--eta", 0.7, *flags))]
+
+    first = losses("a")
+    assert losses("b") == first
+    assert losses("c", "--seed", 1) != first
+    assert len(first) == 21 and losses("d", "--micro-batch-tokens", 127) == pytest.approx(first, abs=1e-5)
+    assert losses("e", "--grouper", "loss") == pytest.approx(losses("f", "--grouper", "loss", "--micro-batch-tokens", 127), abs=1e-5)
+
+
+def test_lambda_zero_only_watches_the_groups(folder, rows, tmp_path):
+    plain = metrics(run(folder, rows, "--out", tmp_path / "plain", "--grouper", "none"))
+    watched = metrics(run(folder, rows, "--out", tmp_path / "watched", "--lam-max", 0, "--eta", 0.7))
+    assert [row["loss"] for row in plain] == pytest.approx([row["loss"] for row in watched], abs=1e-6)
+    assert all(row["important"] is None and row["important_tokens"] == 0 and row["loss"] == pytest.approx(row["ce"]) for row in plain)
+    assert all(row["important_tokens"] > 0 for row in watched)
+
+
+def test_bf16_compute_stays_near_fp32_and_a_tiny_rate_still_moves_the_master_weights(folder, rows, tmp_path):
+    def final(name, *flags):
+        return metrics(run(folder, rows, "--out", tmp_path / name, "--epochs", 5, "--lr", "1e-3", *flags))[-1]["ce"]
+
+    assert final("a", "--dtype", "bfloat16") == pytest.approx(final("b"), abs=0.05)
+    before = Llama.from_pretrained(folder, seed=0)
+    out = run(folder, rows, "--out", tmp_path / "c", "--lr", "1e-7", "--dtype", "bfloat16", "--save-dtype", "float32", "--max-steps", 1)
+    after = Llama.from_pretrained(out / "model")
+    moved = (after.model.layers[0].mlp.up_proj.weight - before.model.layers[0].mlp.up_proj.weight).abs()
+    assert 0 < moved.max() < 1e-6, "bf16 weights would have swallowed a step of 1e-7"
+
+
+def test_max_steps_and_drop_last_set_the_number_of_steps(folder, rows, tmp_path):
+    assert len(metrics(run(folder, rows, "--out", tmp_path / "a", "--max-steps", 2))) == 2
+    log = metrics(run(folder, rows, "--out", tmp_path / "b", "--drop-last"))
+    assert [row["epoch"] for row in log] == [0, 0, 1, 1], "11 samples in batches of 4 without the last 3"
+    assert log[-1]["lr"] > 0
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(folder, rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert run(folder, rows, "--dry-run") is None
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("data", "tokens", "groups", "steps", "model", "memory")) and "6 in all" in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_plain_text_trains_and_gives_its_own_sample(folder, tmp_path, capsys):
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "The sea is wide and the sea is deep. " * 30}) + "\n")
+    out = run(folder, tmp_path / "text.jsonl", "--out", tmp_path / "out", "--lam-max", 0, "--context", 32, "--micro-batch-tokens", 64)
+    assert "pieces" in capsys.readouterr().out
+    assert "chat_template" not in json.loads((out / "model" / "tokenizer_config.json").read_text())
+
+
+# ---- run folders ----
+
+
+def test_a_finished_run_says_so_and_any_other_folder_is_refused(folder, rows, tmp_path, capsys):
+    out = run(folder, rows, "--out", tmp_path / "out")
+    weights = (out / "model" / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert run(folder, rows, "--out", out) == out
+    assert capsys.readouterr().out == f"{out}: this run is already finished; nothing to do\n"
+    with pytest.raises(ValueError, match=r"holds a run with another lr \(lr 0.01, now 0.02\); choose another --out, or --overwrite"):
+        run(folder, rows, "--out", out, "--lr", 0.02)
+    (out / "model").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="unfinished run"):
+        run(folder, rows, "--out", out)
+    (out / "mine.txt").write_text("mine")
+    run(folder, rows, "--out", out, "--overwrite", "--lr", 0.02)
+    assert (out / "model" / "model.safetensors").read_bytes() != weights and (out / "mine.txt").read_text() == "mine"
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("years of work")
+    for flags in ([], ["--overwrite"]):
+        with pytest.raises(ValueError, match="not a run of this program"):
+            run(folder, rows, "--out", foreign, *flags)
+    assert [p.name for p in foreign.iterdir()] == ["thesis.txt"]
+    with pytest.raises(ValueError, match="a file, expected a folder"):
+        run(folder, rows, "--out", foreign / "thesis.txt")
+
+
+def test_without_out_each_run_takes_the_next_free_folder(folder, rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [str(run(folder, rows, "--max-steps", 1)) for _ in range(2)] == ["runs/run-1", "runs/run-2"]
+
+
+def test_a_second_run_reads_the_tokens_of_the_first(folder, rows, tmp_path, monkeypatch):
+    run(folder, rows, "--out", tmp_path / "a", "--cache", tmp_path / "cache", "--max-steps", 1)
+    monkeypatch.setattr(data, "tokenize", None)
+    run(folder, rows, "--out", tmp_path / "b", "--cache", tmp_path / "cache", "--max-steps", 1)
+    assert not (tmp_path / "a" / "cache").exists()
+
+
+# ---- mistakes ----
+
+
+def said_by_main(capsys, monkeypatch, *argv):
+    """(exit code, stderr) of the program as a shell would see it."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as e:
+        train.main()
+    if isinstance(e.value.code, str):  # the interpreter prints it and exits with 1
+        return 1, e.value.code
+    return e.value.code, capsys.readouterr().err
+
+
+MISTAKES = {
+    "eta": (["--eta", "90"], r"--eta 90\.0: expected a percentile"),
+    "lambda": (["--lam-max", "0.5", "--lam-min", "0.9"], "expected 0 <= lam_min <= lam_max <= 1"),
+    "lambda above one": (["--lam-max", "1.5"], "lam_max <= 1"),
+    "context": (["--context", "999999", "--micro-batch-tokens", "999999"], "has 4096 positions"),
+    "micro-batch": (["--micro-batch-tokens", "64"], "--micro-batch-tokens 64 cannot hold a sample of --context 128"),
+    "batch size": (["--batch-size", "0"], "expected at least 1"),
+    "lr": (["--lr", "0"], "expected lr > 0"),
+    "warm-up": (["--warmup-ratio", "1"], r"ratio in \[0, 1\)"),
+    "betas": (["--betas", "0.9", "1"], "expected betas"),
+    "worst": (["--grouper", "none", "--worst", "important"], "needs important tokens"),
+    "unknown grouper": (["--grouper", "tfdif"], "invalid choice: 'tfdif'"),
+    "unknown flag": (["--etaa", "0.9"], "unrecognized arguments: --etaa"),
+    "not a number": (["--epochs", "many"], "invalid int value"),
+    "unknown recipe": (["--recipe", "lima"], "invalid choice: 'lima'"),
+    "no such data": (["--data", "absent.jsonl"], r"absent\.jsonl: no such file"),
+    "no such model": (["--model", "absent"], "absent: no such folder"),
+    "template": (["--template", "text"], "does not fit --template text"),
+    "drop-last": (["--drop-last", "--batch-size", "64"], "make no full batch of 64"),
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_line_and_leaves_nothing_behind(folder, rows, tmp_path, capsys, monkeypatch, mistake):
+    flags, message = MISTAKES[mistake]
+    out = tmp_path / "out"
+    base = f"--model {folder} --data {rows} --context 128 --micro-batch-tokens 512 --batch-size 4 --out {out}".split()
+    code, said = said_by_main(capsys, monkeypatch, *base, *flags)
+    assert code in (1, 2)
+    assert pytest.importorskip("re").search(message, said), said
+    assert "Traceback" not in said and (code == 2 or "\n" not in said)
+    assert not out.exists() or [path.name for path in out.iterdir()] == ["cache"]
+
+
+@pytest.mark.fast
+def test_half_a_pair_of_model_and_data_is_an_error(capsys, monkeypatch, rows):
+    assert "--model is missing" in said_by_main(capsys, monkeypatch, "--data", rows)[1]
+    assert "--data is missing" in said_by_main(capsys, monkeypatch, "--model", "x")[1]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(folder, rows, tmp_path, capsys, monkeypatch):
+    model = Llama.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    model.save_pretrained(folder)
+    base = f"--model {folder} --data {rows} --context 128 --micro-batch-tokens 512 --batch-size 4 --dtype float32 --out {tmp_path / 'out'}"
+    _, said = said_by_main(capsys, monkeypatch, *base.split())
+    assert said.startswith("error: step 1: loss is nan (important nan, unimportant nan)") and "Not updated" in said
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == "" and not (tmp_path / "out" / "model").exists()
+
+
+# ---- configuration ----
+
+
+@pytest.mark.fast
+def test_every_flag_is_read_by_the_code_and_shown_by_help(capsys):
+    tree = ast.parse(Path(train.__file__).read_text())
+    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "cfg"}
+    assert {f.name for f in fields(train.Config)} <= read
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    said = capsys.readouterr().out
+    for f in fields(train.Config):
+        assert "--" + f.name.replace("_", "-") in said
+    assert "(default: 0.9 0.95)" in said and "%%" not in said and "SUPPRESS" not in said
+
+
+@pytest.mark.fast
+def test_flags_override_the_recipe_and_the_recipe_the_defaults():
+    demo = train.parse_args([])
+    assert demo.recipe == "demo" and demo.context == 1024 and demo.batch_size == 8 and demo.weight_decay == 0.1
+    assert demo.lam_max == demo.lam_min == 0.9 and demo.betas == (0.9, 0.95)
+    other = train.parse_args(["--recipe", "demo", "--batch-size", "3", "--betas", "0.8", "0.9", "--drop-last"])
+    assert other.batch_size == 3 and other.betas == (0.8, 0.9) and other.drop_last and other.lr == demo.lr
+    assert train.parse_args(["--epochs", "9"]).recipe == "demo"
+    assert train.parse_args(["--model", "a", "--data", "b"]).context == 4096
+
+
+@pytest.mark.fast
+def test_the_memory_estimate_is_near_what_backward_keeps(folder):
+    cfg = LlamaConfig.from_folder(folder)
+    model = Llama.from_pretrained(folder, compute_dtype=torch.bfloat16)
+    T, kept = 900, {}
+    layout = Layout.packed([300] * 3)
+
+    def keep(t):
+        if t.untyped_storage().data_ptr() not in {p.untyped_storage().data_ptr() for p in model.parameters()}:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        hidden = model(torch.zeros(1, T, dtype=torch.int64), layout)
+    assert hidden.requires_grad
+    estimate = train.memory_needed(cfg, 1, T, 2)["activations"]
+    assert 0.75 < estimate / sum(kept.values()) < 1.25
+
+
+# ---- real data ----
+
+
+def test_the_loss_of_a_lima_batch_is_the_number_transformers_gives(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    lima = SHARED / "data" / "lima" / "train.jsonl.gz"
+    if not lima.is_file():
+        pytest.skip(f"{lima} is absent; set SFTGO_SHARED to the folder that has data/lima")
+    base = Path(train.__file__).parent / "demo" / "base"
+    model = Llama.from_pretrained(base)
+    corpus = data.load_corpus(lima, data.Tokenizer(base, model.cfg.vocab_size), "auto", 1024)
+    samples = data.epoch_order(len(corpus), 64, 0, 0, False)[0]
+    batches = data.micro_batches(corpus, np.zeros(len(corpus.ids), bool), samples, 8192)
+    assert len(batches) > 1
+    with torch.no_grad():
+        nats = sum(float(train.batch_nll(model, batch).double().sum()) for batch in batches)
+    tokens = sum(int(batch.loss_mask.sum()) for batch in batches)
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    longest = int(corpus.lengths[samples].max())
+    ids, labels = torch.zeros(64, longest, dtype=torch.int64), torch.full((64, longest), -100)
+    for row, i in enumerate(samples):
+        span = slice(corpus.starts[i], corpus.starts[i + 1])
+        sample, mask = torch.from_numpy(corpus.ids[span].astype(np.int64)), torch.from_numpy(corpus.loss_mask[span])
+        ids[row, : len(sample)] = sample
+        labels[row, : len(sample)] = torch.where(mask, sample, -100)
+    with torch.no_grad():
+        total = 0.0
+        for rows in range(0, 64, 8):  # transformers averages over what it is given: weigh its means by their counts
+            part = labels[rows : rows + 8]
+            total += float(theirs(ids[rows : rows + 8], labels=part).loss) * int((part[:, 1:] != -100).sum())
+    assert tokens == int((labels[:, 1:] != -100).sum())
+    assert nats / tokens == pytest.approx(total / tokens, abs=1e-5)
