@@ -79,8 +79,6 @@ def lam_at(step: int, total_steps: int, lam_max: float, lam_min: float) -> float
     """The weight of the worst group after `step` finished steps (0 ... total_steps - 1); constant if lam_max == lam_min (Eq. 5)."""
     if not 0 <= lam_min <= lam_max <= 1:
         raise ValueError(f"lam_min {lam_min} and lam_max {lam_max}: expected 0 <= lam_min <= lam_max <= 1")
-    if lam_min == lam_max:
-        return lam_max
     return max(lam_max * (1 - step / total_steps), lam_min)
 
 
@@ -128,6 +126,8 @@ def token_nll(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, chunk: in
             f"hidden {tuple(hidden.shape)}, lm_head_weight {tuple(lm_head_weight.shape)}, targets {tuple(targets.shape)}: "
             "expected (N, D), (V, D) and (N,)"
         )
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}, expected at least one row")
     return _TokenNLL.apply(hidden, lm_head_weight, targets, chunk)
 
 

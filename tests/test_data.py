@@ -9,6 +9,7 @@ from itertools import groupby
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save
 
 import data
 from data import CHAT_TEMPLATES, END, PROMPT, RESPONSE, TEMPLATE, Tokenizer, epoch_order, load_corpus, micro_batches, parse, read_rows
@@ -150,7 +151,6 @@ RENDERED = {  # a token that holds a character of the row's text, and a space or
         f"{BOS}{ROLE.format('user')}‹the sea›[eot_id]{ROLE.format('assistant')}⟦Rain.⟧⟪[eot_id]⟫"
         f"{ROLE.format('user')}‹{SPELT}›[eot_id]{ROLE.format('assistant')}⟦Yes⟧⟪[eot_id]⟫",
     ),
-    "llama3 of Alpaca": (WITH_INPUT, f"{BOS}{ROLE.format('user')}‹Name the sea\n\n1 2›[eot_id]{ROLE.format('assistant')}⟦Yes⟧⟪[eot_id]⟫"),
     "text": ({"text": f" the sea\n\n{SPELT}"}, f"{BOS}⟦ the sea\n\n{SPELT}⟧{CLOSE}"),
 }
 
@@ -186,14 +186,12 @@ def test_no_token_straddles_the_seam_before_a_response(corpus_of, tokenizer):
 
 
 @pytest.mark.fast
-def test_a_tokenizer_file_that_pads_truncates_and_names_end_as_pad_changes_nothing(tmp_path, corpus_of, tokenizer):
+def test_a_tokenizer_file_that_pads_with_the_end_token_and_truncates_changes_nothing(tmp_path, corpus_of, tokenizer):
     other = tiny_folder(tmp_path / "padding")
     backend = data.tokenizers.Tokenizer.from_file(str(other / "tokenizer.json"))
     backend.enable_padding(length=50, pad_id=tokenizer.end, pad_token=tokenizer.end_token)
     backend.enable_truncation(5)
     backend.save(str(other / "tokenizer.json"))
-    config = json.loads((other / "tokenizer_config.json").read_text())
-    (other / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": tokenizer.end_token}))
     rows = [{"prompt": "the sea", "completion": "Rain and rivers carry a little salt."}] * 3
     corpus = corpus_of(rows, tokenizer=Tokenizer(other, VOCAB))
     assert same(corpus, corpus_of(rows))
@@ -205,8 +203,7 @@ def test_a_tokenizer_file_that_pads_truncates_and_names_end_as_pad_changes_nothi
 def test_llama3_is_refused_where_its_tokens_were_never_trained(tmp_path, tokenizer):
     folder = tiny_folder(tmp_path / "m")
     data.require_trained_headers(folder, tokenizer)  # no weights yet: all are untrained alike
-    model = Llama.from_pretrained(folder)
-    model.save_pretrained(folder)
+    Llama.from_pretrained(folder).save_pretrained(folder)
     data.require_trained_headers(folder, tokenizer)
     for token in ("<|start_header_id|>", "<|eot_id|>"):
         model = Llama.from_pretrained(folder)
@@ -215,7 +212,7 @@ def test_llama3_is_refused_where_its_tokens_were_never_trained(tmp_path, tokeniz
         model.save_pretrained(tmp_path / token)
         with pytest.raises(ValueError, match=rf"embedding of {token.replace('|', '.')} has norm .* --template plain"):
             data.require_trained_headers(tmp_path / token, tokenizer)
-    data.save_file({"tok_embeddings.weight": np.zeros((VOCAB, 32), np.float32)}, folder / "model.safetensors")  # Meta's layout
+    write(folder / "model.safetensors", save({"tok_embeddings.weight": np.zeros((VOCAB, 32))}))  # Meta's layout
     with pytest.raises(ValueError, match="model.embed_tokens.weight"):
         data.require_trained_headers(folder, tokenizer)
 
@@ -330,7 +327,6 @@ def test_micro_batches_hold_each_sample_once_with_targets_and_labels_shifted_tog
                 supervised += int(batch.loss_mask.sum())
                 ends += int((batch.targets[batch.loss_mask] == tokenizer.end).sum())
             assert sorted(met) == sorted(step)
-            assert len(batches) == 1 or max_tokens < 10_000
             tokens = sorted(len(batch.targets) for batch in batches)
             assert len(tokens) == 1 or tokens[0] + tokens[1] > max_tokens, "two rows that would have fitted into one"
         assert supervised == corpus.loss_mask.sum() and ends == sum(len(row["conversations"]) // 2 for row in rows)
@@ -356,16 +352,17 @@ def test_a_second_load_reads_the_cache_and_any_change_misses_it(tmp_path, corpus
     assert len(list(cache.iterdir())) == 1
 
 
+DAMAGE = {"cut": lambda raw: raw[:-3], "empty": lambda _: b"", "garbage": lambda raw: raw[::-1], "other": lambda _: save({"x": np.ones(3)})}
+
+
 @pytest.mark.fast
-@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "another file"])
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_cache_is_made_again_with_a_notice(tmp_path, corpus_of, capsys, damage):
     rows, cache = [{"prompt": "Hi", "completion": "Yes."}], tmp_path / "cache"
     first = corpus_of(rows, cache=cache)
     (stored,) = cache.iterdir()
     raw = stored.read_bytes()
-    stored.write_bytes({"truncated": raw[:-3], "empty": b"", "garbage": b"garbage" * 99, "another file": raw}[damage])
-    if damage == "another file":
-        data.save_file({"ids": first.ids}, stored)
+    stored.write_bytes(DAMAGE[damage](raw))
     assert same(corpus_of(rows, cache=cache), first)
     assert f"{stored}: damaged" in capsys.readouterr().out
     assert [path.read_bytes() for path in cache.iterdir()] == [raw]
@@ -403,11 +400,7 @@ BAD = {  # the file, what is said of it, and perhaps --template and --context
     "all cut away": (ROW, "none of 1 rows is usable .*1 dropped: response cut away.* --context 4 tokens", "auto", 4),
     "text to a dialogue's template": (b'{"text": "a"}', ":1: a row of text does not fit --template plain; use --template text", "plain"),
     "dialogue as text": (ROW, ":1: a row of dialogue does not fit --template text; use --template plain", "text"),
-    "two questions to alpaca": (
-        ROW + b'{"conversations": ["a", "b", "c", "d"]}',
-        r"rows\.jsonl:2: user, assistant, user, assistant: --template alpaca holds one .* use --template plain",
-        "alpaca",
-    ),
+    "two turns to alpaca": (ROW + b'{"conversations": ["a", "b", "c", "d"]}', ":2: .* alpaca holds one .* use --template plain", "alpaca"),
 }
 
 
@@ -484,10 +477,6 @@ def test_lima_is_kept_whole_and_exactly_its_answers_are_trained_on(neox):
         expected = " ".join(turns[: len(turns) // 2 * 2 : 2])
         assert "".join(asked.split()) == "".join(unicodedata.normalize("NFC", expected).split()), f"row {i + 1}"
     assert (corpus.kind == END).sum() == sum(len(turns) // 2 for turns in dialogues)
-
-    cut = load_corpus(path, neox, "auto", 2048)
-    assert cut.counts["cut at the context length"] == (corpus.lengths > 2048).sum() > 0
-    assert cut.lengths.max() == 2048
 
 
 def test_alpaca_loses_only_its_28_empty_answers(tmp_path, neox, monkeypatch):

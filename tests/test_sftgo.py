@@ -204,10 +204,19 @@ def test_no_property_is_idle():
     assert {p.__name__ for p in PROPERTIES} == set(" ".join(noticed_by for _, noticed_by in SABOTEURS.values()).split())
 
 
-def test_a_tie_of_given_sums_is_paid_by_the_important_group():
-    nats = torch.tensor([6.0, 2.0], requires_grad=True)
-    sft_go(nats, torch.tensor([3, 1]), lam=0.25).backward()
-    assert nats.grad.tolist() == [0.75 / 4, 0.75 / 4 + 0.25]
+@pytest.mark.parametrize(
+    "nats, tokens, worst, prices",
+    [
+        ((6.0, 2.0), (3, 1), "max", (0.75 / 4, 0.75 / 4 + 0.25)),  # an exact tie goes to the important group
+        ((6.0, 0.0), (4, 0), "max", (0.25, 0.75 / 4)),  # an empty group's price is finite: the trainer multiplies 0 nats by it
+        ((0.0, 6.0), (0, 4), "max", (0.75 / 4, 0.25)),
+        ((6.0, 0.0), (4, 0), "important", (0.25, 0.75 / 4)),
+    ],
+)
+def test_the_price_of_a_nat_at_a_tie_and_beside_an_empty_group(nats, tokens, worst, prices):
+    nats = torch.tensor(nats, requires_grad=True)
+    sft_go(nats, torch.tensor(tokens), 0.25, worst).backward()
+    assert nats.grad.tolist() == list(prices)
 
 
 def test_group_sums_counts_any_number_of_groups_in_any_shape_and_ignores_labels_outside_the_mask():
