@@ -29,11 +29,10 @@ import numpy as np
 import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from model import Layout, read_json, read_tensor, weight_files, write_json
+from model import Layout, read_json, read_tensor, weight_files, write_json, write_safetensors
 
 TEMPLATE, PROMPT, RESPONSE, END, SPECIAL = range(5)  # what a piece of text is; SPECIAL is stored as TEMPLATE
 TOKENIZED = (TEMPLATE, PROMPT, RESPONSE)  # the others are one token each, given by name
@@ -42,6 +41,10 @@ Pieces = Iterator[tuple[int, str]]  # (kind, text)
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
+
+
+def fault(e: Exception) -> str:
+    return f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)  # else too deep, or too long a number
 
 
 def read_rows(path: str | Path) -> list[tuple[str, dict]]:
@@ -67,16 +70,16 @@ def read_rows(path: str | Path) -> list[tuple[str, dict]]:
     if text.lstrip().startswith("["):
         try:
             rows = [(f"{path}: item {i}", row) for i, row in enumerate(json.loads(text), 1)]
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{path}:{e.lineno}: not JSON ({e.msg})") from e
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{path}:{getattr(e, 'lineno', 1)}: not JSON ({fault(e)})") from e
     else:
         rows = []
         for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON strings may hold U+2028
             if line.strip():
                 try:
                     rows.append((f"{path}:{number}", json.loads(line)))
-                except json.JSONDecodeError as e:
-                    raise ValueError(f"{path}:{number}: not JSON ({e.msg} at column {e.colno}); expected one object a line") from e
+                except (ValueError, RecursionError) as e:
+                    raise ValueError(f"{path}:{number}: not JSON ({fault(e)}); expected one object a line") from e
     for where, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: {type(row).__name__}, expected an object")
@@ -98,12 +101,16 @@ def parse(where: str, row: dict) -> tuple[str, Turns]:
     def text(value, name: str) -> str:
         if not isinstance(value, str):
             raise ValueError(f"{where}: {name} is {type(value).__name__}, expected a string")
+        try:
+            value.encode()
+        except UnicodeEncodeError as e:
+            raise ValueError(f"{where}: {name} holds \\u{ord(value[e.start]):04x}, half of a surrogate pair; was an emoji cut in two?") from e
         return value
 
     def tagged(turns: list, field: str, role_key: str, text_key: str) -> Turns:
         out = []
         for i, turn in enumerate(turns):
-            if not isinstance(turn, dict) or ROLES.get(turn.get(role_key)) is None or text_key not in turn:
+            if not isinstance(turn, dict) or turn.get(role_key) not in list(ROLES) or text_key not in turn:
                 raise ValueError(
                     f"{where}: {field}[{i}] is {json.dumps(turn)[:60]}, expected an object with {role_key} "
                     f"({', '.join(ROLES)}) and {text_key}"
@@ -130,7 +137,7 @@ def parse(where: str, row: dict) -> tuple[str, Turns]:
     if "text" in row:
         return "text", [("assistant", text(row["text"], "text"))]
     raise ValueError(
-        f"{where}: fields {', '.join(row) or 'none'}; expected conversations (LIMA, ShareGPT), messages, instruction and output "
+        f"{where}: fields {', '.join(map(repr, row)) or 'none'}; expected conversations (LIMA, ShareGPT), messages, instruction and output "
         "(Alpaca), prompt and completion, or text"
     )
 
@@ -240,6 +247,8 @@ class Tokenizer:
         self.backend.no_padding()
         self.backend.encode_special_tokens = True  # "<|end_of_text|>" in a row is text, not an end
         self.config = read_json(config) if (config := self.folder / "tokenizer_config.json").is_file() else {}
+        if not isinstance(self.config, dict):
+            raise ValueError(f"{config}: {type(self.config).__name__}, expected an object")
         size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
         if size > vocab_size:
             raise ValueError(f"{path}: ids up to {size - 1}, but the model embeds {vocab_size} tokens; do they belong together?")
@@ -318,14 +327,14 @@ def segments(pieces: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
 def label_prompt(encoding: tokenizers.Encoding, pieces: list[tuple[int, str]]) -> tuple[list[int], np.ndarray]:
     """(ids, kind) of one prompt string: tokens that hold any character of the row's text are PROMPT, the others TEMPLATE."""
     kind = np.full(len(encoding.ids), TEMPLATE, np.uint8)
+    begin, stop = np.array(encoding.offsets, np.int64).reshape(-1, 2).T  # characters; all bytes of one share its offsets
     start = 0
     for piece_kind, piece in pieces:
         end = start + len(piece)
         if piece_kind == PROMPT:
-            first = next((t for c in range(start, end) if (t := encoding.char_to_token(c)) is not None), None)
-            last = next((t for c in range(end - 1, start - 1, -1) if (t := encoding.char_to_token(c)) is not None), None)
-            if first is not None:
-                kind[first : last + 1] = PROMPT
+            inside = np.flatnonzero((begin < end) & (stop > start))
+            if len(inside):
+                kind[inside[0] : inside[-1] + 1] = PROMPT
         start = end
     return encoding.ids, kind
 
@@ -390,9 +399,9 @@ def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: 
         if found != kind_of_data:
             raise ValueError(f"{where}: a row of {found}, but the file began with {kind_of_data}; split the file by kind")
         require_fit(where, found, turns, template)
-        while turns and turns[-1][0] != "assistant":
-            turns = turns[:-1]
-            counts["unanswered last turns left out"] += bool(turns)
+        answered = max((i for i, (role, _) in enumerate(turns, 1) if role == "assistant"), default=0)
+        counts["unanswered last turns left out"] += 0 < answered < len(turns)
+        turns = turns[:answered]
         if not turns:
             counts["dropped: no response"] += 1
         elif not all(content.strip() for role, content in turns if role == "assistant"):
@@ -407,10 +416,9 @@ def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: 
                 if template == "text":
                     samples += cut(ids, kind, context)
                 else:
-                    counts["cut at the context length"] += len(ids) > context
-                    ids, kind = ids[:context], kind[:context]
-                    if (kind >= RESPONSE).any():
-                        samples.append((ids, kind))
+                    if (kind[:context] >= RESPONSE).any():
+                        samples.append((ids[:context], kind[:context]))
+                        counts["cut at the context length"] += len(ids) > context
                     else:
                         counts["dropped: response cut away"] += 1
             bar.update(len(chunk))
@@ -428,7 +436,8 @@ def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: 
         cache.mkdir(parents=True, exist_ok=True)
         part = stored.with_suffix(f".{os.getpid()}.part")
         about = json.dumps({"template": corpus.template, "counts": corpus.counts})
-        save_file({"ids": corpus.ids, "kind": corpus.kind, "starts": corpus.starts}, part, metadata={"corpus": about})
+        arrays = {name: torch.from_numpy(getattr(corpus, name)) for name in ("ids", "kind", "starts")}
+        write_safetensors(part, arrays, {"corpus": about})
         part.replace(stored)
     return corpus
 
@@ -452,6 +461,8 @@ def require_trained_headers(folder: Path, tokenizer: Tokenizer) -> None:
     files = weight_files(folder)
     if not files:
         return  # fresh weights: every row is untrained alike
+    if "model.embed_tokens.weight" not in files:
+        raise ValueError(f"{folder}: no model.embed_tokens.weight among the tensors; is this the published (Hub) layout?")
     norms = read_tensor(files["model.embed_tokens.weight"], "model.embed_tokens.weight").float().norm(dim=1)  # (V,)
     median = float(norms.median())
     for token in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"):

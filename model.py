@@ -358,7 +358,7 @@ class Llama(nn.Module):
             write_json(folder / "model.safetensors.index.json", index)
         for name, shard in zip(names, shards):  # one shard at a time is held in `dtype`
             tensors = {t: p.detach().to("cpu", dtype or p.dtype).contiguous() for t, p in shard.items()}
-            save_file(tensors, folder / name, metadata={"format": "pt"})
+            write_safetensors(folder / name, tensors, {"format": "pt"})
         saved_dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         raw = {k: v for k, v in self.cfg.raw.items() if k not in ("torch_dtype", "dtype")}
         write_json(folder / "config.json", {"architectures": ["LlamaForCausalLM"], **raw, "torch_dtype": saved_dtype})
@@ -479,6 +479,13 @@ def read_tensor(path: Path, name: str) -> Tensor:
             return f.get_tensor(name)
         except SafetensorError as e:
             raise ValueError(f"{path}: cannot read {name} ({e})") from e
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as e:
+        raise OSError(f"{path}: cannot be written ({e}); is the disk full?") from e
 
 
 def read_json(path: Path):

@@ -40,12 +40,13 @@ def heldout(folder: Path, file: str, template: str, context: int, dtype: str) ->
     fresh = "" if weight_files(folder) else ", fresh weights: the folder has none"
     return (
         f"{nats / tokens:.4f} nats per token | {tokens:,} supervised tokens in {len(corpus):,} samples | "
-        f"{nats / len(characters.encode()):.4f} nats per byte of their text | {file}, template {corpus.template}, context {context}, {dtype}{fresh}"
+        f"{nats / len(characters.encode()):.4f} nats per byte of their text | "
+        f"{file}, template {corpus.template}, context {context}, {dtype}{fresh}"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="heldout.py", description="Mean cross-entropy of a model over all of a data file.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="heldout.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", required=True, metavar="FOLDER", help="model folder in the published layout, or a Hub name")
     parser.add_argument("--data", required=True, metavar="FILE", help="JSON or JSONL as train.py reads it, each also .gz")
     parser.add_argument("--template", default="auto", choices=("auto", *data.TEMPLATES), help="how a row becomes text (default: auto)")

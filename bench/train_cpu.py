@@ -11,7 +11,7 @@ use, and the peak memory is that model's; the numbers come from the run's metric
 forward, backward, clipping and AdamW. Nothing is kept but --out.
 
 Compare peak memory at equal --steps only: on a CPU, torch caches oneDNN's kernels for each new row length, so it rises for
-some dozens of steps (ONEDNN_PRIMITIVE_CACHE_CAPACITY and LRU_CACHE_CAPACITY, say 64, bound it).
+some dozens of steps (ONEDNN_PRIMITIVE_CACHE_CAPACITY and LRU_CACHE_CAPACITY bound it, at some cost in speed).
 """
 
 import argparse
@@ -103,7 +103,7 @@ def machine() -> dict:
 
 def bench(base: Path, data: Path, models: list[str], steps: int | None, out: Path | None) -> None:
     if not data.is_file():
-        raise ValueError(f"{data}: no such file; set SFTGO_SHARED to the folder that has data/lima, or give LIMA's training file with --data")
+        raise ValueError(f"{data}: no such file; set SFTGO_SHARED to the folder that has data/lima, or give --data")
     if steps is not None and steps < 2:
         raise ValueError(f"--steps {steps}: expected at least 2, the first one warms up and is not counted")
     about, results = machine(), []
@@ -132,11 +132,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="train_cpu.py", description=intro, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--data", type=Path, default=SHARED / "data/lima/train.jsonl.gz", metavar="FILE", help="LIMA (default: the one in SFTGO_SHARED)")
-    parser.add_argument("--base", type=Path, default=ROOT / "demo/base", metavar="FOLDER", help="where config and tokenizer come from (default: demo/base)")
-    parser.add_argument("--one", choices=tuple(SHAPES), help="time this model only")
-    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each model, the first not counted (default: 12 small, 4 large)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the numbers here too")
+    flag = parser.add_argument
+    flag("--data", type=Path, default=SHARED / "data/lima/train.jsonl.gz", metavar="FILE", help="LIMA (default: the one in SFTGO_SHARED)")
+    flag("--base", type=Path, default=ROOT / "demo/base", metavar="FOLDER", help="model whose config and tokenizer to use (default: demo/base)")
+    flag("--one", choices=tuple(SHAPES), help="time this model only")
+    flag("--steps", type=int, metavar="N", help="steps of each model, the first not counted (default: 12 small, 4 large)")
+    flag("--out", type=Path, metavar="FILE.json", help="write the numbers here too")
     args = parser.parse_args()
     try:
         bench(args.base, args.data, [args.one] if args.one else list(SHAPES), args.steps, args.out)

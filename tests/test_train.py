@@ -3,6 +3,8 @@
 import ast
 import json
 import math
+import re
+import subprocess
 import sys
 from dataclasses import fields
 from functools import partial
@@ -369,7 +371,7 @@ def test_a_mistake_gets_one_line_and_leaves_nothing_behind(folder, rows, tmp_pat
     base = f"--model {folder} --data {rows} --context 128 --micro-batch-tokens 512 --batch-size 4 --out {out}".split()
     code, said = said_by_main(capsys, monkeypatch, *base, *flags)
     assert code in (1, 2)
-    assert pytest.importorskip("re").search(message, said), said
+    assert re.search(message, said), said
     assert "Traceback" not in said and (code == 2 or "\n" not in said)
     assert not out.exists() or [path.name for path in out.iterdir()] == ["cache"]
 
@@ -389,6 +391,16 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(folder, rows, tmp_pat
     _, said = said_by_main(capsys, monkeypatch, *base.split())
     assert said.startswith("error: step 1: loss is nan (important nan, unimportant nan)") and "Not updated" in said
     assert (tmp_path / "out" / "metrics.jsonl").read_text() == "" and not (tmp_path / "out" / "model").exists()
+
+
+def test_a_full_disk_while_saving_is_one_line_and_leaves_no_model(folder, rows, tmp_path):
+    out = tmp_path / "out"
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); import train; train.main()"  # weights need 140 kB
+    flags = f"--model {folder} --data {rows} --context 128 --micro-batch-tokens 512 --max-steps 1 --out {out} --cache {tmp_path / 'cache'} --save-dtype float32"
+    done = subprocess.run([sys.executable, "-c", limit, *flags.split()], cwd=Path(train.__file__).parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(r"^error: .*model\.safetensors: cannot be written \(.*\); is the disk full\?$", done.stderr, re.M), done.stderr
+    assert (out / "metrics.jsonl").exists() and not (out / "model").exists()
 
 
 # ---- configuration ----
