@@ -21,7 +21,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -40,7 +40,7 @@ Turns = list[tuple[str, str | None]]  # (role, text); None: this turn is still t
 Pieces = Iterator[tuple[int, str]]  # (kind, text)
 
 
-# ---- rows ----------------------------------------------------------------------------------------------------------
+# Rows.
 
 
 def fault(e: Exception) -> str:
@@ -104,7 +104,9 @@ def parse(where: str, row: dict) -> tuple[str, Turns]:
         try:
             value.encode()
         except UnicodeEncodeError as e:
-            raise ValueError(f"{where}: {name} holds \\u{ord(value[e.start]):04x}, half of a surrogate pair; was an emoji cut in two?") from e
+            raise ValueError(
+                f"{where}: {name} holds \\u{ord(value[e.start]):04x}, half of a surrogate pair; was an emoji cut in two?"
+            ) from e
         return value
 
     def tagged(turns: list, field: str, role_key: str, text_key: str) -> Turns:
@@ -142,7 +144,7 @@ def parse(where: str, row: dict) -> tuple[str, Turns]:
     )
 
 
-# ---- templates -----------------------------------------------------------------------------------------------------
+# Templates.
 
 
 def plain(turns: Turns) -> Pieces:
@@ -160,7 +162,10 @@ def plain(turns: Turns) -> Pieces:
 def alpaca(turns: Turns) -> Pieces:
     """Stanford's two prompts: one instruction, perhaps with an input, one answer."""
     (_, instruction), *given, (_, output) = turns
-    yield TEMPLATE, "Below is an instruction that describes a task" + (", paired with an input that provides further context" if given else "")
+    yield (
+        TEMPLATE,
+        "Below is an instruction that describes a task" + (", paired with an input that provides further context" if given else ""),
+    )
     yield TEMPLATE, ". Write a response that appropriately completes the request.\n\n### Instruction:\n"
     yield PROMPT, instruction
     for _, text in given:
@@ -224,7 +229,7 @@ CHAT_TEMPLATES = {  # the same text in Jinja, saved with the model; transformers
 }
 
 
-# ---- tokens --------------------------------------------------------------------------------------------------------
+# Tokens.
 
 
 class Tokenizer:
@@ -247,22 +252,20 @@ class Tokenizer:
         self.backend.no_padding()
         self.backend.encode_special_tokens = True  # "<|end_of_text|>" in a row is text, not an end
         self.config = read_json(config) if (config := self.folder / "tokenizer_config.json").is_file() else {}
-        if not isinstance(self.config, dict):
-            raise ValueError(f"{config}: {type(self.config).__name__}, expected an object")
         size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
         if size > vocab_size:
             raise ValueError(f"{path}: ids up to {size - 1}, but the model embeds {vocab_size} tokens; do they belong together?")
         self.bos_token = self._name("bos_token", "<|begin_of_text|>")
         self.end_token = self._name("eos_token", "<|end_of_text|>")
         self.bos, self.end = self.id(self.bos_token), self.id(self.end_token)
-        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.raw = path.read_bytes()  # kept, because the folder may be gone when the model is saved
 
     def _name(self, role: str, llama3: str) -> str:
         """Llama 3's own token where there is one, else what tokenizer_config.json calls it."""
         named = self.config.get(role)
         named = named.get("content") if isinstance(named, dict) else named
         for token in (llama3, named):
-            if token is not None and self.backend.token_to_id(token) is not None:
+            if isinstance(token, str) and self.backend.token_to_id(token) is not None:
                 return token
         raise ValueError(f"{self.folder}: no {role}: neither {llama3} nor tokenizer_config.json's {role} ({named}) is in tokenizer.json")
 
@@ -289,7 +292,7 @@ class Tokenizer:
     def save(self, folder: str | Path, template: str) -> None:
         """tokenizer.json as it is; tokenizer_config.json with the chat template; generation_config.json with the end tokens."""
         folder = Path(folder)
-        (folder / "tokenizer.json").write_bytes((self.folder / "tokenizer.json").read_bytes())
+        (folder / "tokenizer.json").write_bytes(self.raw)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self.config}
         config |= {"bos_token": self.bos_token, "eos_token": "<|eot_id|>" if template == "llama3" else self.end_token}
         config.pop("chat_template", None)
@@ -370,81 +373,79 @@ class Corpus:
 def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: int, cache: Path | None = None) -> Corpus:
     """Tokenize a data file, or read what an earlier run left in the folder `cache`.
 
-    A sample is cut at `context` tokens, from its end; an end token that is cut away stays away. Plain text is cut into
-    pieces instead, each with a BOS of its own, so that every token of it is trained on once.
-
     Raises:
         ValueError: naming file and line; also when no row is usable.
     """
     path = Path(path)
-    stored = None
-    if cache is not None:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-        recipe = json.dumps([digest, tokenizer.digest, tokenizer.bos, tokenizer.end, template, context, source_digest()])
-        stored = cache / f"tokens-{hashlib.sha256(recipe.encode()).hexdigest()[:24]}.safetensors"
-        if stored.is_file():
-            try:
-                with safe_open(stored, framework="np") as f:
-                    arrays = {name: f.get_tensor(name) for name in ("ids", "kind", "starts")}
-                    return Corpus(**arrays, **json.loads(f.metadata()["corpus"]))
-            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
-                print(f"{stored}: damaged ({e}); tokenizing again")
+    if cache is None or not path.is_file():
+        return build_corpus(path, tokenizer, template, context)
+    digests = [hashlib.sha256(raw).hexdigest() for raw in (path.read_bytes(), tokenizer.raw, Path(__file__).read_bytes())]
+    key = json.dumps([*digests, tokenizer.bos, tokenizer.end, template, context])  # this file too: it holds the templates
+    stored = cache / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+    names = ("ids", "kind", "starts")
+    if stored.is_file():
+        try:
+            with safe_open(stored, framework="np") as f:
+                return Corpus(**{name: f.get_tensor(name) for name in names}, **json.loads(f.metadata()["corpus"]))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+            print(f"{stored}: damaged ({e}); tokenizing again")
+    corpus = build_corpus(path, tokenizer, template, context)
+    cache.mkdir(parents=True, exist_ok=True)
+    part = stored.with_suffix(f".{os.getpid()}.part")
+    about = json.dumps({"template": corpus.template, "counts": corpus.counts})
+    write_safetensors(part, {name: torch.from_numpy(getattr(corpus, name)) for name in names}, {"corpus": about})
+    part.replace(stored)
+    return corpus
 
+
+def build_corpus(path: Path, tokenizer: Tokenizer, template: str, context: int) -> Corpus:
+    """Read, render, tokenize and cut.
+
+    A sample is cut at `context` tokens, from its end; an end token that is cut away stays away. Plain text is cut into
+    pieces instead, each with a BOS of its own, so that every token of it is trained on once.
+    """
     rows = read_rows(path)
-    parsed = [(where, *parse(where, row)) for where, row in rows]
-    _, kind_of_data, _ = parsed[0]
-    template = AUTO[kind_of_data] if template == "auto" else template
-    counts, documents = Counter(), []
-    for where, found, turns in parsed:
-        if found != kind_of_data:
-            raise ValueError(f"{where}: a row of {found}, but the file began with {kind_of_data}; split the file by kind")
-        require_fit(where, found, turns, template)
-        answered = max((i for i, (role, _) in enumerate(turns, 1) if role == "assistant"), default=0)
-        counts["unanswered last turns left out"] += 0 < answered < len(turns)
-        turns = turns[:answered]
-        if not turns:
-            counts["dropped: no response"] += 1
-        elif not all(content.strip() for role, content in turns if role == "assistant"):
-            counts["dropped: empty response"] += 1
-        else:
-            documents.append(list(TEMPLATES[template](turns)))
-
+    template, documents, counts = render(rows, template)
     samples = []
     with tqdm(total=len(documents), desc="tokenizing", unit="row", disable=None, leave=False) as bar:
         for chunk in chunks(documents, characters=4_000_000):
             for ids, kind in tokenize(chunk, tokenizer):
                 if template == "text":
                     samples += cut(ids, kind, context)
+                elif (kind[:context] >= RESPONSE).any():
+                    samples.append((ids[:context], kind[:context]))
+                    counts["cut at the context length"] += len(ids) > context
                 else:
-                    if (kind[:context] >= RESPONSE).any():
-                        samples.append((ids[:context], kind[:context]))
-                        counts["cut at the context length"] += len(ids) > context
-                    else:
-                        counts["dropped: response cut away"] += 1
+                    counts["dropped: response cut away"] += 1
             bar.update(len(chunk))
+    counts = {what: n for what, n in sorted(counts.items()) if n}
     if not samples:
-        why = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+        why = ", ".join(f"{n} {what}" for what, n in counts.items())
         raise ValueError(f"{path}: none of {len(rows)} rows is usable ({why}); each needs a response, within --context {context} tokens")
-    corpus = Corpus(
-        np.concatenate([ids for ids, _ in samples]),
-        np.concatenate([kind for _, kind in samples]),
-        np.concatenate([[0], np.cumsum([len(ids) for ids, _ in samples])]).astype(np.int64),
-        template,
-        {"rows": len(rows), "kept": len(samples), **{what: n for what, n in sorted(counts.items()) if n}},
-    )
-    if stored is not None:
-        cache.mkdir(parents=True, exist_ok=True)
-        part = stored.with_suffix(f".{os.getpid()}.part")
-        about = json.dumps({"template": corpus.template, "counts": corpus.counts})
-        arrays = {name: torch.from_numpy(getattr(corpus, name)) for name in ("ids", "kind", "starts")}
-        write_safetensors(part, arrays, {"corpus": about})
-        part.replace(stored)
-    return corpus
+    ids, kinds = zip(*samples)
+    starts = np.cumsum([0, *map(len, ids)])
+    return Corpus(np.concatenate(ids), np.concatenate(kinds), starts, template, {"rows": len(rows), "kept": len(samples), **counts})
 
 
-def source_digest() -> str:
-    """This file's own text is part of the cache's key: an edited template never meets tokens of the old one."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+def render(rows: list[tuple[str, dict]], template: str) -> tuple[str, list[list[tuple[int, str]]], Counter]:
+    """(template, documents, counts): the usable rows as pieces of text under the template, and how many were not."""
+    counts, documents, first = Counter(), [], None
+    for where, row in rows:
+        found, turns = parse(where, row)
+        if first is None:
+            first, template = found, AUTO[found] if template == "auto" else template
+        if found != first:
+            raise ValueError(f"{where}: a row of {found}, but the file began with {first}; split the file by kind")
+        answered = max((i for i, (role, _) in enumerate(turns, 1) if role == "assistant"), default=0)
+        require_fit(where, found, turns[:answered], template)
+        if not answered:
+            counts["dropped: no response"] += 1
+        elif not all(content.strip() for role, content in turns[:answered] if role == "assistant"):
+            counts["dropped: empty response"] += 1
+        else:
+            counts["unanswered last turns left out"] += answered < len(turns)
+            documents.append(list(TEMPLATES[template](turns[:answered])))
+    return template, documents, counts
 
 
 def require_fit(where: str, found: str, turns: Turns, template: str) -> None:
@@ -452,7 +453,7 @@ def require_fit(where: str, found: str, turns: Turns, template: str) -> None:
     if (found == "text") != (template == "text"):
         raise ValueError(f"{where}: a row of {found} does not fit --template {template}; use --template {AUTO[found]}")
     roles = [role for role, _ in turns]
-    if template == "alpaca" and roles[:1] + [r for r in roles[1:] if r != "input"] not in (["user", "assistant"], ["user"]):
+    if template == "alpaca" and roles[:1] + [r for r in roles[1:] if r != "input"] not in (["user", "assistant"], []):
         raise ValueError(f"{where}: {', '.join(roles)}: --template alpaca holds one instruction and one answer; use --template plain")
 
 
@@ -493,7 +494,7 @@ def chunks(documents: list, characters: int) -> Iterator[list]:
         yield chunk
 
 
-# ---- batches -------------------------------------------------------------------------------------------------------
+# Batches.
 
 
 @dataclass
@@ -508,8 +509,9 @@ class Batch:
     layout: Layout
 
     def to(self, device) -> "Batch":
-        tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens", "targets", "loss_mask", "important", "doc_ids")}
-        return Batch(**tensors, layout=replace(self.layout, positions=self.layout.positions.to(device), ends=self.layout.ends.to(device)))
+        """The same batch on another device."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if name != "layout"}
+        return Batch(**tensors, layout=self.layout.to(device))
 
 
 def epoch_order(samples: int, batch_size: int, seed: int, epoch: int, drop_last: bool) -> list[np.ndarray]:

@@ -15,6 +15,7 @@ T tokens of a packed row or of a whole corpus, N samples, V token ids.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -46,7 +47,9 @@ def important(scores: Tensor, loss_mask: Tensor, doc_ids: Tensor, eta: float) ->
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}, expected a percentile in [0, 1]; 0.9 makes the top 10 % important")
     if not scores.shape == loss_mask.shape == doc_ids.shape:
-        raise ValueError(f"scores {tuple(scores.shape)}, loss_mask {tuple(loss_mask.shape)}, doc_ids {tuple(doc_ids.shape)}: expected one shape")
+        raise ValueError(
+            f"scores {tuple(scores.shape)}, loss_mask {tuple(loss_mask.shape)}, doc_ids {tuple(doc_ids.shape)}: expected one shape"
+        )
     score, doc = scores[loss_mask], doc_ids[loss_mask]
     by_score = score.argsort(descending=True)
     order = by_score[doc[by_score].argsort(stable=True)]  # sample after sample, each from its highest score down
@@ -81,9 +84,9 @@ def frequency(corpus: Corpus) -> np.ndarray:
 
 
 def random(corpus: Corpus, seed: int) -> np.ndarray:
-    """Uniform in [0, 1), (T,) float64, from a generator of its own."""
+    """Uniform in [0, 1), (T,) float64, from a stream of its own, not the one that orders an epoch."""
     judged = judgeable(corpus)
-    return scatter(judged, np.random.default_rng((seed, 1)).random(int(judged.sum())))
+    return scatter(judged, np.random.default_rng((seed, 0, 1)).random(int(judged.sum())))
 
 
 def judgeable(corpus: Corpus) -> np.ndarray:
@@ -98,20 +101,15 @@ def scatter(judged: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def label_corpus(grouper: str, corpus: Corpus, eta: float, seed: int) -> np.ndarray:
-    """A static grouper's verdicts, (T,) bool, aligned with `corpus.ids`; none of them important where it has none yet."""
-    if grouper == "tfidf":
-        scores = tfidf(corpus)
-    elif grouper == "frequency":
-        scores = frequency(corpus)
-    elif grouper == "random":
-        scores = random(corpus, seed)
-    else:
+    """A static grouper's verdicts, (T,) bool, aligned with `corpus.ids`; all False where it has none, or none before the step."""
+    if grouper == "none" or grouper in IN_STEP:
         return np.zeros(len(corpus.ids), bool)
-    return important(*map(torch.from_numpy, (scores, corpus.loss_mask, corpus.doc_ids)), eta).numpy()
+    score = {"random": partial(random, seed=seed), "frequency": frequency, "tfidf": tfidf}[grouper]
+    return important(*map(torch.from_numpy, (score(corpus), corpus.loss_mask, corpus.doc_ids)), eta).numpy()
 
 
 def labeller(grouper: str, eta: float) -> Label:
     """The step's own view of the grouper: labels from losses, or those that travelled with the batch."""
-    if grouper == "loss":
+    if grouper in IN_STEP:
         return lambda nll, batch: important(nll, batch.loss_mask, batch.doc_ids, eta)
     return lambda nll, batch: batch.important

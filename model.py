@@ -13,7 +13,8 @@ stream runs in it; norms, rotary angles and softmax run in float32.
 
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from inspect import signature
 from itertools import repeat
 from pathlib import Path
 
@@ -23,10 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+LLAMA3_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-# ---- configuration -------------------------------------------------------------------------------------------------
+# Configuration.
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,19 @@ class LlamaConfig:
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         if missing := [name for name in required if name not in raw]:
             raise ValueError(f"{source}: {', '.join(missing)} missing; is this the config.json of the whole model?")
-        rope = {k: v for k, v in (raw.get("rope_parameters") or raw.get("rope_scaling") or {}).items() if v is not None}
+        for name in (*required, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+            value = raw.get(name)
+            if not (type(value) is int and value > 0) and (name in required or value is not None):
+                raise ValueError(f"{source}: {name} is {value!r}, expected a whole number above 0")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"{source}: rotary settings are {rope!r}, expected an object")
+        rope = {name: value for name, value in rope.items() if value is not None}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3"):
             raise ValueError(f"{source}: rotary scaling is {kind!r}, expected 'default' or 'llama3'")
+        if lost := sorted(LLAMA3_SCALING - rope.keys()) if kind == "llama3" else []:
+            raise ValueError(f"{source}: llama3 rotary scaling without {', '.join(lost)}")
         heads = raw["num_attention_heads"]
         optional = ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "initializer_range")
         cfg = cls(
@@ -78,12 +89,16 @@ class LlamaConfig:
             rope_scaling=rope if kind == "llama3" else None,
             raw=raw,
         )
-        if heads % cfg.num_key_value_heads:
-            raise ValueError(f"{source}: {heads} query heads do not divide into {cfg.num_key_value_heads} key/value heads")
+        if heads % cfg.num_key_value_heads or cfg.head_dim % 2:
+            raise ValueError(
+                f"{source}: {heads} query heads, {cfg.num_key_value_heads} key/value heads of width {cfg.head_dim}: "
+                "expected query heads in equal groups, and an even width for the rotary pairs"
+            )
         return cfg
 
     @classmethod
     def from_folder(cls, folder: Path) -> "LlamaConfig":
+        """The config of a model folder; ValueError where it has none that fits."""
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise ValueError(f"{folder}: no config.json here; expected a model folder in the published (Hub) layout")
@@ -101,7 +116,7 @@ class LlamaConfig:
         return keep * freq + (1 - keep) * freq / scale["factor"]
 
 
-# ---- attention over packed documents -------------------------------------------------------------------------------
+# Attention over packed documents.
 
 
 @dataclass(frozen=True)
@@ -121,7 +136,11 @@ class Layout:
         count = torch.tensor(lengths)
         ends = F.pad(count.cumsum(0), (1, 0))  # (documents + 1,)
         positions = torch.arange(int(ends[-1])) - ends[:-1].repeat_interleave(count)  # (T,)
-        return cls(positions[None].to(device), tuple(lengths), ends.int().to(device))
+        return cls(positions[None], tuple(lengths), ends.int()).to(device)
+
+    def to(self, device) -> "Layout":
+        """A packed layout on another device."""
+        return replace(self, positions=self.positions.to(device), ends=self.ends.to(device))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
@@ -142,10 +161,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
         rows = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, H or K, hd)
         longest = max(layout.lengths)
-        y = varlen_attn(*rows, layout.ends, layout.ends, longest, longest, window_size=(-1, 0), enable_gqa=True)
+        grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}  # torch 2.11 needs no telling
+        y = varlen_attn(*rows, layout.ends, layout.ends, longest, longest, window_size=(-1, 0), **grouped)
         return y.transpose(0, 1)[None]
+    if q.is_cuda:  # float32: with enable_gqa only the kernel that holds all (T, T) scores is left
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, H, T, hd)
+    grouped = k.shape[1] != q.shape[1]
     documents = zip(*(x.split(layout.lengths, dim=2) for x in (q, k, v)))
-    return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in documents], dim=2)
+    return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=grouped) for qkv in documents], dim=2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -154,7 +177,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-# ---- the network ---------------------------------------------------------------------------------------------------
+# The network.
 
 
 class _CastLinear(torch.autograd.Function):
@@ -169,8 +192,9 @@ class _CastLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
-        return grad @ weight.to(x.dtype), grad_weight.to(weight.dtype)
+        grad_x = grad @ weight.to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight
 
 
 class Linear(nn.Linear):
@@ -322,11 +346,14 @@ class Llama(nn.Module):
             meta = "; these are in Meta's layout, this loader reads Hugging Face's" if "tok_embeddings.weight" in files else ""
             raise ValueError(
                 f"{where}: {len(missing)} of {len(wanted)} tensors missing ({', '.join(missing[:3])}{', …' * (len(missing) > 3)})"
-                + (f"; found {found}" if found else "") + meta
+                + (f"; found {found}" if found else "")
+                + meta
             )
         extra = files.keys() - wanted.keys() - {"lm_head.weight"}
         if extra := sorted(name for name in extra if not name.endswith("rotary_emb.inv_freq")):
-            raise ValueError(f"{where}: {len(extra)} tensors this Llama does not have ({', '.join(extra[:3])}); does config.json belong to these weights?")
+            raise ValueError(
+                f"{where}: {len(extra)} tensors this Llama does not have ({', '.join(extra[:3])}); does config.json belong to these weights?"
+            )
         for name, path in files.items():
             if name not in wanted and name != "lm_head.weight":
                 continue
@@ -337,7 +364,9 @@ class Llama(nn.Module):
             if name in wanted:
                 param.copy_(tensor)
             elif not torch.equal(tensor, read_tensor(files["model.embed_tokens.weight"], "model.embed_tokens.weight")):
-                raise ValueError(f"{path}: lm_head.weight differs from the embedding, but config.json says they are tied (tie_word_embeddings)")
+                raise ValueError(
+                    f"{path}: lm_head.weight differs from the embedding, but config.json says they are tied (tie_word_embeddings)"
+                )
         return self
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9) -> None:
@@ -354,14 +383,21 @@ class Llama(nn.Module):
         names = ["model.safetensors"]
         if len(shards) > 1:
             names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        for name, shard in zip(names, shards):
+            tensors = {t: p.detach().to("cpu", dtype or p.dtype).contiguous() for t, p in shard.items()}
+            write_safetensors(folder / f"{name}.part", tensors, {"format": "pt"})
+            saved_dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+            del tensors  # one shard at a time is held in `dtype`
+        for old in (*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"):
+            old.unlink(missing_ok=True)  # of weights that stood here before: a stale index would hide the new file
+        for name in names:
+            (folder / f"{name}.part").rename(folder / name)
+        if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": {t: n for n, shard in zip(names, shards) for t in shard}}
             write_json(folder / "model.safetensors.index.json", index)
-        for name, shard in zip(names, shards):  # one shard at a time is held in `dtype`
-            tensors = {t: p.detach().to("cpu", dtype or p.dtype).contiguous() for t, p in shard.items()}
-            write_safetensors(folder / name, tensors, {"format": "pt"})
-        saved_dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        raw = {k: v for k, v in self.cfg.raw.items() if k not in ("torch_dtype", "dtype")}
-        write_json(folder / "config.json", {"architectures": ["LlamaForCausalLM"], **raw, "torch_dtype": saved_dtype})
+        fields = self.cfg.raw or {"model_type": "llama", **asdict(self.cfg)}
+        fields = {k: v for k, v in fields.items() if k not in ("torch_dtype", "dtype", "raw")}
+        write_json(folder / "config.json", {"architectures": ["LlamaForCausalLM"], **fields, "torch_dtype": saved_dtype})
 
     @torch.no_grad()
     def generate(
@@ -393,9 +429,7 @@ class Llama(nn.Module):
                 f"{int(lengths.max())} prompt tokens and {max_new_tokens} new ones exceed the model's {cfg.max_position_embeddings} positions"
             )
         shape = (B, cfg.num_key_value_heads, slots, cfg.head_dim)
-        caches = tuple(
-            tuple(torch.zeros(shape, dtype=self.compute_dtype, device=device) for _ in range(2)) for _ in self.model.layers
-        )
+        caches = tuple(tuple(torch.zeros(shape, dtype=self.compute_dtype, device=device) for _ in range(2)) for _ in self.model.layers)
         generator = torch.Generator(device).manual_seed(seed)
         rows = torch.arange(B)
 
@@ -425,7 +459,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     return ids.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------
+# Files.
 
 
 def resolve(name: str | Path) -> Path:
@@ -437,13 +471,16 @@ def resolve(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download  # comes with tokenizers
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+        folder = Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
     except Exception as e:  # the Hub's client raises many kinds: no network, gated, not found
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ValueError(
             f"{name}: no such folder, and the Hub did not give it ({reason}). Where there is network: "
             f'hf download {name} --exclude "original/*"   (Llama is gated: accept its licence on the Hub, then `hf auth login`)'
         ) from e
+    if not weight_files(folder):
+        raise ValueError(f"{name}: the Hub has no safetensors of it; convert its weights, or choose a repository that has them")
+    return folder
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -452,8 +489,8 @@ def weight_files(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = read_json(index).get("weight_map")
-        if not isinstance(names, dict):
-            raise ValueError(f"{index}: no weight_map; download the index again")
+        if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
+            raise ValueError(f"{index}: no weight_map from tensors to files; download the index again")
         if lost := sorted({n for n in names.values() if Path(n).name != n or not (folder / n).is_file()}):
             raise ValueError(f"{index}: names {', '.join(lost[:3])}, not in this folder; is the download complete?")
         return {tensor: folder / name for tensor, name in names.items()}
@@ -461,6 +498,8 @@ def weight_files(folder: Path) -> dict[str, Path]:
     if single.is_file():
         with open_safetensors(single) as f:
             return dict.fromkeys(f.keys(), single)
+    if shards := sorted(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder}: {shards[0].name} but neither model.safetensors nor its index; is the download complete?")
     if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
         raise ValueError(f"{folder}: weights only as {pickles[0]}, a pickle, which can run code when opened; convert them to safetensors")
     return {}
@@ -488,11 +527,15 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         raise OSError(f"{path}: cannot be written ({e}); is the disk full?") from e
 
 
-def read_json(path: Path):
+def read_json(path: Path) -> dict:
+    """The object in a JSON file."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not readable as JSON ({e})") from e
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a {type(value).__name__}, expected an object")
+    return value
 
 
 def write_json(path: Path, value) -> None:

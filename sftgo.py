@@ -69,9 +69,10 @@ def sft_go(nats: Tensor, tokens: Tensor, lam: float, worst: str = "max") -> Tens
     if not tokens.any():
         raise ValueError("no supervised token in the step: its mean cross-entropy is undefined")
     unimportant_mean, important_mean = nats / tokens.clamp(min=1)  # nats per token
-    # A tie goes to the important group (max's subgradient would split it); an empty group is never the worst.
-    is_worst = (tokens[0] == 0) | (important_mean >= unimportant_mean) if worst == "max" else tokens[1] > 0
-    worst_mean = torch.where(is_worst & (tokens[1] > 0), important_mean, unimportant_mean)
+    # An empty group is never the worst; a tie goes to the important one, where max's own subgradient would split it.
+    higher = (tokens[0] == 0) | (important_mean >= unimportant_mean)
+    important_is_worst = (tokens[1] > 0) & (higher | (worst == "important"))
+    worst_mean = torch.where(important_is_worst, important_mean, unimportant_mean)
     return (1 - lam) * nats.sum() / tokens.sum() + lam * worst_mean
 
 
@@ -152,7 +153,7 @@ class _TokenNLL(torch.autograd.Function):
         hidden, weight, targets, lse = ctx.saved_tensors
         head = weight.to(hidden.dtype)  # (V, D)
         grad_hidden = torch.empty_like(hidden)  # (N, D)
-        grad_weight = torch.zeros_like(weight)  # (V, D), summed in the weight's own dtype
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # (V, D), summed in the weight's own dtype
         for start in range(0, len(hidden), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             logits = (hidden[rows] @ head.T).float()  # (chunk, V)
@@ -160,5 +161,6 @@ class _TokenNLL(torch.autograd.Function):
             grad.scatter_add_(1, targets[rows, None], -torch.ones_like(grad[:, :1]))
             grad = grad.mul_(grad_nll[rows, None]).to(hidden.dtype)  # (chunk, V)
             grad_hidden[rows] = grad @ head
-            grad_weight += grad.T @ hidden[rows]
+            if grad_weight is not None:
+                grad_weight += grad.T @ hidden[rows]
         return grad_hidden, grad_weight, None, None

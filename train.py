@@ -13,14 +13,11 @@ import argparse
 import json
 import math
 import resource
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
-from itertools import count
 from pathlib import Path
 from types import UnionType
 
@@ -29,17 +26,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import checkpoint
 import data
 import groupers
 from data import TEMPLATES, Batch, Corpus, Tokenizer
-from model import DTYPES, Llama, LlamaConfig, read_json, resolve, weight_files, write_json
+from model import DTYPES, Llama, LlamaConfig, resolve, weight_files
 from recipes import RECIPES
 from sftgo import group_sums, lam_at, sft_go, token_nll
 
 Objective = Callable[[Tensor, Tensor], Tensor]  # (nats, tokens) of the groups -> loss
 
 
-# ---- configuration -------------------------------------------------------------------------------------------------
+# Configuration.
 
 
 def opt(default, help: str, group: str, choices: tuple | None = None):
@@ -53,13 +51,17 @@ DATA, METHOD, OPTIM, RUN = "model and data", "SFT-GO", "optimization", "run"
 class Config:
     """Every setting of a run; one command-line flag each, generated from here."""
 
-    recipe: str | None = opt(None, "named settings that the other flags override; demo where neither --model nor --data is given", DATA, tuple(RECIPES))
+    recipe: str | None = opt(
+        None, "named settings that the other flags override; demo where neither --model nor --data is given", DATA, tuple(RECIPES)
+    )
     model: str | None = opt(None, "model folder in the published layout, or a Hub name; a config without weights starts fresh", DATA)
     data: str | None = opt(None, "training data: JSON or JSONL, each also .gz", DATA)
     template: str = opt("auto", "how a row becomes text; auto follows the data", DATA, ("auto", *TEMPLATES))
     context: int = opt(4096, "tokens a sample is cut to", DATA)
     batch_size: int = opt(64, "samples in an optimizer step", DATA)
-    micro_batch_tokens: int = opt(8192, "most tokens in one forward pass: memory and speed; the result only under --scope micro_batch", DATA)
+    micro_batch_tokens: int = opt(
+        8192, "most tokens in one forward pass: memory and speed; the result only under --scope micro_batch", DATA
+    )
     epochs: int = opt(15, "passes over the data", DATA)
     max_steps: int | None = opt(None, "stop after this many optimizer steps", DATA)
     drop_last: bool = opt(False, "skip an epoch's last, short batch", DATA)
@@ -69,7 +71,9 @@ class Config:
     lam_max: float = opt(0.9, "weight of the worse group at the first step; 0 is ordinary SFT", METHOD)
     lam_min: float | None = opt(None, "where that weight decays to; not given: it stays at --lam-max", METHOD)
     worst: str = opt("max", "max: the worse group (Eq. 4); important: always the important one (Rho-1)", METHOD, ("max", "important"))
-    scope: str = opt("step", "tokens the group means run over: the whole optimizer step, or each micro-batch", METHOD, ("step", "micro_batch"))
+    scope: str = opt(
+        "step", "tokens the group means run over: the whole optimizer step, or each micro-batch", METHOD, ("step", "micro_batch")
+    )
 
     lr: float = opt(1e-5, "peak learning rate", OPTIM)
     schedule: str = opt("cosine", "learning rate after warm-up; cosine and linear go to 0", OPTIM, ("cosine", "linear", "constant"))
@@ -95,16 +99,28 @@ class Config:
             object.__setattr__(self, "lam_min", self.lam_max)
         checks = [
             (0 <= self.eta <= 1, f"--eta {self.eta}: expected a percentile in [0, 1]; 0.9 makes the top 10 % important"),
-            (0 <= self.lam_min <= self.lam_max <= 1, f"--lam-max {self.lam_max} --lam-min {self.lam_min}: expected 0 <= lam_min <= lam_max <= 1"),
+            (
+                0 <= self.lam_min <= self.lam_max <= 1,
+                f"--lam-max {self.lam_max} --lam-min {self.lam_min}: expected 0 <= lam_min <= lam_max <= 1",
+            ),
             (self.context >= 2, f"--context {self.context}: expected at least 2 tokens"),
             (
                 self.micro_batch_tokens >= self.context - 1,
                 f"--micro-batch-tokens {self.micro_batch_tokens} cannot hold a sample of --context {self.context} tokens; lower one or raise the other",
             ),
-            (self.batch_size >= 1 and self.epochs >= 1, f"--batch-size {self.batch_size} --epochs {self.epochs}: expected at least 1 of each"),
+            (
+                self.batch_size >= 1 and self.epochs >= 1,
+                f"--batch-size {self.batch_size} --epochs {self.epochs}: expected at least 1 of each",
+            ),
             (self.max_steps is None or self.max_steps >= 1, f"--max-steps {self.max_steps}: expected at least 1"),
-            (self.lr > 0 and 0 <= self.warmup_ratio < 1, f"--lr {self.lr} --warmup-ratio {self.warmup_ratio}: expected lr > 0 and a ratio in [0, 1)"),
-            (all(0 <= b < 1 for b in self.betas) and self.eps > 0, f"--betas {self.betas} --eps {self.eps}: expected betas in [0, 1) and eps > 0"),
+            (
+                self.lr > 0 and 0 <= self.warmup_ratio < 1,
+                f"--lr {self.lr} --warmup-ratio {self.warmup_ratio}: expected lr > 0 and a ratio in [0, 1)",
+            ),
+            (
+                all(0 <= b < 1 for b in self.betas) and self.eps > 0,
+                f"--betas {self.betas} --eps {self.eps}: expected betas in [0, 1) and eps > 0",
+            ),
             (self.weight_decay >= 0 and self.clip >= 0, f"--weight-decay {self.weight_decay} --clip {self.clip}: expected neither below 0"),
             (self.seed >= 0, f"--seed {self.seed}: expected 0 or above"),
             (self.grouper != "none" or self.worst == "max", "--worst important needs important tokens; choose a --grouper"),
@@ -112,9 +128,6 @@ class Config:
         for holds, message in checks:
             if not holds:
                 raise ValueError(message)
-
-
-WHERE_ONLY = ("recipe", "out", "cache", "overwrite", "dry_run")  # fields that do not change what is trained
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
@@ -149,7 +162,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
     return Config(**{**RECIPES.get(given.get("recipe"), {}), **given})
 
 
-# ---- the step ------------------------------------------------------------------------------------------------------
+# The step.
 
 
 def batch_nll(model: Llama, batch: Batch) -> Tensor:
@@ -180,31 +193,27 @@ def step(model: Llama, batches: list[Batch], objective: Objective, label: groupe
         probe: False where prices do not depend on losses (λ = 0: every nat costs 1 / tokens), which saves a forward.
     """
     if len(batches) == 1:  # one graph fits: look, then pay
-        nats, tokens = labelled_sums(model, batches[0], label)
-        total = nats.detach().double(), tokens
-        backward(price(objective, *total), nats)
-        return total
-    if not probe:
-        supervised = sum(batch.loss_mask.sum() for batch in batches)
-        cost = price(objective, torch.zeros(2, device=supervised.device), torch.stack([supervised, torch.zeros_like(supervised)]))
-        seen = []
-        for batch in batches:
-            nats, tokens = labelled_sums(model, batch, label)
-            backward(cost, nats)
-            seen.append((nats.detach().double(), tokens))
-        return add_up(seen)
-    seen, labels = [], []
-    with torch.no_grad():  # several: look first without a graph, +1/3
-        for batch in batches:
-            nll = batch_nll(model, batch)
-            labels.append(label(nll, batch))
-            nats, tokens = group_sums(nll, labels[-1], batch.loss_mask)
-            seen.append((nats.double(), tokens))
-    total = add_up(seen)
-    cost = price(objective, *total)
-    for batch, important in zip(batches, labels):
-        backward(cost, group_sums(batch_nll(model, batch), important, batch.loss_mask)[0])
-    return total
+        nll = batch_nll(model, batches[0])
+        nats, tokens = group_sums(nll, label(nll.detach(), batches[0]), batches[0].loss_mask)
+        backward(price(objective, nats.detach(), tokens), nats)
+        return nats.detach().double(), tokens
+    if probe:  # several: look first without a graph, +1/3; a token keeps the label it gets here
+        with torch.no_grad():
+            looks = [batch_nll(model, batch) for batch in batches]
+            labels = [label(nll, batch) for nll, batch in zip(looks, batches)]
+        sums = [group_sums(nll, group, batch.loss_mask) for nll, group, batch in zip(looks, labels, batches)]
+        cost = price(objective, *add_up(sums))
+    else:
+        labels = [None] * len(batches)
+        tokens = torch.stack([batch.loss_mask.sum() for batch in batches]).sum()
+        cost = price(objective, torch.zeros(2, device=tokens.device), torch.stack([tokens, 0 * tokens]))
+    sums = []
+    for batch, group in zip(batches, labels):
+        nll = batch_nll(model, batch)
+        sums.append(group_sums(nll, label(nll.detach(), batch) if group is None else group, batch.loss_mask))
+        backward(cost, sums[-1][0])
+        sums[-1] = sums[-1][0].detach(), sums[-1][1]
+    return add_up(sums)
 
 
 def micro_batch_step(model: Llama, batches: list[Batch], objective: Objective, label: groupers.Label) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,35 +222,31 @@ def micro_batch_step(model: Llama, batches: list[Batch], objective: Objective, l
     Returns:
         nats, tokens (2,) of the step, and its loss ().
     """
-    supervised, seen, losses = sum(batch.loss_mask.sum() for batch in batches), [], []
-    for batch in batches:
-        nats, tokens = labelled_sums(model, batch, label)
-        loss = tokens.sum() / supervised * objective(nats, tokens)
-        loss.backward()
-        seen.append((nats.detach().double(), tokens))
-        losses.append(loss.detach().double())
-    return *add_up(seen), sum(losses)
+    supervised = torch.stack([batch.loss_mask.sum() for batch in batches])
+    sums, losses = [], []
+    for batch, share in zip(batches, supervised / supervised.sum()):
+        own = lambda nats, tokens, share=share: share * objective(nats, tokens)  # noqa: E731
+        sums.append(step(model, [batch], own, label))
+        losses.append(own(*sums[-1]))
+    return *add_up(sums), torch.stack(losses).sum()
 
 
-def labelled_sums(model: Llama, batch: Batch, label: groupers.Label) -> tuple[Tensor, Tensor]:
-    nll = batch_nll(model, batch)
-    return group_sums(nll, label(nll.detach(), batch), batch.loss_mask)
-
-
-def add_up(seen: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return tuple(torch.stack(parts).sum(0) for parts in zip(*seen))
+def add_up(sums: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(nats, tokens) over micro-batches, nats in float64."""
+    nats, tokens = zip(*sums)
+    return torch.stack(nats).double().sum(0), torch.stack(tokens).sum(0)
 
 
 def lr_at(step: int, total_steps: int, lr: float, schedule: str, warmup_ratio: float) -> float:
     """Learning rate after `step` finished steps: linear warm-up over ceil(ratio · total), never 0, then the schedule to 0."""
-    warmup = math.ceil(warmup_ratio * total_steps)
+    warmup = math.ceil(warmup_ratio * total_steps - 1e-9)  # 0.07 of 100 is 7, in floats too
     if step < warmup:
         return lr * (step + 1) / warmup
     done = (step - warmup) / (total_steps - warmup)
     return lr * {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[schedule]
 
 
-# ---- the plan ------------------------------------------------------------------------------------------------------
+# The plan.
 
 
 def memory_needed(cfg: LlamaConfig, parameters: int, positions: int, compute_bytes: int) -> dict[str, int]:
@@ -260,130 +265,34 @@ def memory_needed(cfg: LlamaConfig, parameters: int, positions: int, compute_byt
     }
 
 
-def print_plan(cfg: Config, out: str, corpus: Corpus, important: np.ndarray, model: Llama, fresh: bool, steps: int, per_epoch: int, device) -> None:
-    """Say, before the first step, what will be trained on what."""
+def print_plan(cfg: Config, corpus: Corpus, important: np.ndarray, llama: LlamaConfig, fresh: bool, steps: int, per_epoch: int) -> None:
+    """Say, before anything large is loaded, what will be trained on what."""
     mask = corpus.loss_mask
-    supervised = int(mask.sum())
-    parameters = sum(p.numel() for p in model.parameters())
     counts = dict(corpus.counts)
     rows, kept = counts.pop("rows"), counts.pop("kept")
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Llama(llama).parameters())
     positions = min(cfg.micro_batch_tokens, int(np.sort(corpus.lengths - 1)[-cfg.batch_size :].sum()))
-    memory = memory_needed(model.cfg, parameters, positions, model.compute_dtype.itemsize)
-    weight = f"λ {cfg.lam_max:g}" if cfg.lam_max == cfg.lam_min else f"λ {cfg.lam_max:g} → {cfg.lam_min:g}"
-    if cfg.grouper == "none":
-        groups = "none: plain cross-entropy"
-    elif cfg.grouper in groupers.IN_STEP:
-        groups = f"{cfg.grouper}, η {cfg.eta:g}, labelled at each step; {weight}, worst {cfg.worst}, scope {cfg.scope}"
-    else:
-        share = (important & mask).sum() / supervised
-        groups = f"{cfg.grouper}, η {cfg.eta:g}: {share:.1%} of the supervised tokens important; {weight}, worst {cfg.worst}, scope {cfg.scope}"
+    memory = memory_needed(llama, parameters, positions, DTYPES[cfg.dtype].itemsize)
+    weight = f"{cfg.lam_max:g}" if cfg.lam_max == cfg.lam_min else f"{cfg.lam_max:g} → {cfg.lam_min:g}"
+    share = (
+        "labelled at each step" if cfg.grouper in groupers.IN_STEP else f"{important[mask].mean():.1%} of the supervised tokens important"
+    )
+    groups = f"{cfg.grouper}, η {cfg.eta:g}: {share}; λ {weight}, worst {cfg.worst}, scope {cfg.scope}"
     lines = {
-        "run": out,
         "data": f"{cfg.data}: {rows:,} rows, {kept:,} {'pieces' if corpus.template == 'text' else 'samples kept'}"
         + "".join(f"; {n:,} {what}" for what, n in counts.items()),
-        "tokens": f"{len(corpus.ids):,}, {supervised / len(corpus.ids):.1%} of them supervised; longest sample {corpus.lengths.max():,}; template {corpus.template}",
-        "groups": groups,
+        "tokens": f"{len(mask):,}, {mask.mean():.1%} of them supervised; longest sample {corpus.lengths.max():,}; template {corpus.template}",
+        "groups": "none: plain cross-entropy" if cfg.grouper == "none" else groups,
         "steps": f"{per_epoch:,} an epoch of {cfg.batch_size} samples, {steps:,} in all; micro-batches of at most {cfg.micro_batch_tokens:,} tokens",
-        "model": f"{cfg.model}: {parameters / 1e6:,.1f}M parameters{' (fresh: the folder has no weights)' if fresh else ''}, {cfg.dtype} on {device}",
+        "model": f"{cfg.model}: {parameters / 1e6:,.1f}M parameters{' (fresh: the folder has no weights)' if fresh else ''}, computed in {cfg.dtype}",
         "memory": f"about {sum(memory.values()) / 1e9:.2g} GB: " + ", ".join(f"{what} {n / 1e9:.2g}" for what, n in memory.items()),
     }
     for name, text in lines.items():
         print(f"{name:<8}{text}")
 
 
-# ---- the run folder ------------------------------------------------------------------------------------------------
-
-OURS = ("config.json", "metrics.jsonl", "losses.png", "model", "model.part")  # what --overwrite removes; cached tokens stay valid
-
-
-def finished(cfg: Config) -> bool:
-    """Whether --out already holds this very run, complete. Looks only; nothing is written before the data has been read.
-
-    Raises:
-        ValueError: it holds no run at all (--overwrite replaces runs, nothing else), or another or unfinished one without --overwrite.
-    """
-    out = Path(cfg.out) if cfg.out else None
-    if out is None or not out.exists():
-        return False
-    if not out.is_dir():
-        raise ValueError(f"{out}: a file, expected a folder")
-    if all(path.name == "cache" for path in out.iterdir()):
-        return False
-    elsewhere = "choose another --out, or --overwrite"
-    try:
-        before = read_json(out / "config.json")["config"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{out}: not empty, and not a run of this program; choose another --out") from None
-    if cfg.overwrite:
-        return False
-    now = json.loads(json.dumps(asdict(cfg)))
-    if changed := [name for name in now if name not in WHERE_ONLY and before.get(name) != now[name]]:
-        name = changed[0]
-        raise ValueError(f"{out}: holds a run with another {', '.join(changed)} ({name} {before.get(name)}, now {now[name]}); {elsewhere}")
-    if not (out / "model").is_dir():
-        raise ValueError(f"{out}: holds an unfinished run of this configuration; {elsewhere}")
-    return True
-
-
-def claim(cfg: Config) -> Path:
-    """Create the run folder, or empty it of an earlier run's files; without --out, take the next free runs/<recipe>-<n>."""
-    if cfg.out:
-        out = Path(cfg.out)
-        out.mkdir(parents=True, exist_ok=True)
-        for path in (out / name for name in OURS):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        return out
-    Path("runs").mkdir(exist_ok=True)
-    for n in count(1):
-        out = Path("runs") / f"{cfg.recipe or 'run'}-{n}"
-        try:
-            out.mkdir()
-            return out
-        except FileExistsError:
-            continue
-
-
-def write_config(cfg: Config, out: Path) -> None:
-    """The resolved configuration, and what it ran with."""
-    from importlib.metadata import version
-
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    packages = ("torch", "safetensors", "tokenizers", "numpy")
-    about = {"python": sys.version.split()[0], **{name: version(name) for name in packages}}
-    write_json(out / "config.json", {"config": asdict(cfg), "versions": about, "git_commit": git.stdout.strip() or None})
-
-
-def plot_losses(out: Path) -> None:
-    """losses.png, Figure 2 of the paper for this run: all, important and unimportant tokens."""
-    try:
-        import matplotlib
-    except ImportError:
-        print('no losses.png: matplotlib is not installed; pip install -e ".[plots]"')
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with open(out / "metrics.jsonl", encoding="utf-8") as f:
-        rows = [json.loads(line) for line in f]
-    window = max(1, len(rows) // 50)  # a running mean over 2 % of the steps; the raw curve behind it
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, label, colour in (("important", "important", "tab:red"), ("ce", "all", "black"), ("unimportant", "unimportant", "tab:blue")):
-        points = [(row["step"], row[name]) for row in rows if row[name] is not None]
-        if not points:
-            continue
-        steps, losses = map(np.array, zip(*points))
-        smooth = np.convolve(losses, np.ones(window) / window, "valid")
-        ax.plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
-        ax.plot(steps[window - 1 :], smooth, color=colour, label=label)
-    ax.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=out.name)
-    ax.grid(alpha=0.3)
-    ax.legend()
-    fig.savefig(out / "losses.png", dpi=120)
-    plt.close(fig)
-
-
-# ---- the loop ------------------------------------------------------------------------------------------------------
+# The loop.
 
 
 def adamw(model: Llama, cfg: Config) -> torch.optim.AdamW:
@@ -404,7 +313,6 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def train(cfg: Config) -> Path | None:
     """Run `cfg` to its end; returns the run folder (None after --dry-run)."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = resolve(cfg.model)
     llama = LlamaConfig.from_folder(folder)
     if cfg.context > llama.max_position_embeddings:
@@ -412,53 +320,39 @@ def train(cfg: Config) -> Path | None:
     tokenizer = Tokenizer(folder, llama.vocab_size)
     if cfg.template == "llama3":
         data.require_trained_headers(folder, tokenizer)
-
-    if finished(cfg):
+    if checkpoint.finished(cfg):
         print(f"{cfg.out}: this run is already finished; nothing to do")
         return Path(cfg.out)
-    cache = Path(cfg.cache or Path(cfg.out or "runs") / "cache")
-    corpus = data.load_corpus(cfg.data, tokenizer, cfg.template, cfg.context, None if cfg.dry_run else cache)
+
+    cache = Path(cfg.cache) if cfg.cache else None if cfg.dry_run else Path(cfg.out or "runs") / "cache"
+    corpus = data.load_corpus(cfg.data, tokenizer, cfg.template, cfg.context, cache)
     important = groupers.label_corpus(cfg.grouper, corpus, cfg.eta, cfg.seed)
     per_epoch = len(data.epoch_order(len(corpus), cfg.batch_size, cfg.seed, 0, cfg.drop_last))
     total_steps = min(cfg.epochs * per_epoch, cfg.max_steps or sys.maxsize)
     if not total_steps:
-        raise ValueError(f"{cfg.data}: {len(corpus)} samples make no full batch of {cfg.batch_size}; lower --batch-size or leave out --drop-last")
-    model = Llama.from_pretrained(folder, DTYPES[cfg.dtype], device=device, seed=cfg.seed)
-    out = None if cfg.dry_run else claim(cfg)
-    print_plan(cfg, str(out or "none: --dry-run"), corpus, important, model, not weight_files(folder), total_steps, per_epoch, device)
+        raise ValueError(
+            f"{cfg.data}: {len(corpus)} samples make no full batch of {cfg.batch_size}; lower --batch-size or leave out --drop-last"
+        )
+    print_plan(cfg, corpus, important, llama, not weight_files(folder), total_steps, per_epoch)
     if cfg.dry_run:
         return None
-    write_config(cfg, out)
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = Llama.from_pretrained(folder, DTYPES[cfg.dtype], device=device, seed=cfg.seed)
     optimizer = adamw(model, cfg)
-    label = groupers.labeller(cfg.grouper, cfg.eta)
-    with open(out / "metrics.jsonl", "w", encoding="utf-8") as log, tqdm(total=total_steps, unit="step", disable=None, dynamic_ncols=True) as bar:
+    out = checkpoint.claim(cfg)
+    print(f"run     {out}, on {device}")
+    with (
+        open(out / "metrics.jsonl", "w", encoding="utf-8") as log,
+        tqdm(total=total_steps, unit="step", disable=None, dynamic_ncols=True) as bar,
+    ):
         for done in range(total_steps):
             epoch, at = divmod(done, per_epoch)
             if at == 0:
                 order = data.epoch_order(len(corpus), cfg.batch_size, cfg.seed, epoch, cfg.drop_last)
             began = time.perf_counter()
-            lam = lam_at(done, total_steps, cfg.lam_max, cfg.lam_min)
-            lr = lr_at(done, total_steps, cfg.lr, cfg.schedule, cfg.warmup_ratio)
-            objective = partial(sft_go, lam=lam, worst=cfg.worst)
             batches = [batch.to(device) for batch in data.micro_batches(corpus, important, order[at], cfg.micro_batch_tokens)]
-            if cfg.scope == "step":
-                nats, tokens = step(model, batches, objective, label, probe=lam > 0)
-                loss = objective(nats, tokens)
-            else:
-                nats, tokens, loss = micro_batch_step(model, batches, objective, label)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
-            row = metrics(done + 1, epoch, nats, tokens, float(loss.detach()), lam, lr, float(grad_norm))
-            if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-                raise ValueError(
-                    f"step {row['step']}: loss is {row['loss']:.4g} (important {shown(row['important'])}, unimportant "
-                    f"{shown(row['unimportant'])}), gradient norm {row['grad_norm']:.4g}. Not updated, no model written; metrics up to "
-                    f"step {done} are in {out}. A lower --lr, more --warmup-ratio or --dtype float32 are the usual cures"
-                )
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
+            row = {"step": done + 1, "epoch": epoch, **update(model, optimizer, batches, cfg, done, total_steps)}
             read = sum(batch.tokens.numel() for batch in batches)
             seconds = time.perf_counter() - began
             row |= {"tokens": read, "seconds": seconds, "tokens_per_second": read / seconds, "peak_memory_bytes": peak_memory_bytes(device)}
@@ -469,35 +363,54 @@ def train(cfg: Config) -> Path | None:
             if done == 0 or done + 1 == total_steps or (done + 1) % math.ceil(total_steps / 10) == 0:
                 bar.write(log_line(row, total_steps))
 
-    model.eval()
-    part = out / "model.part"
-    model.save_pretrained(part, DTYPES[cfg.save_dtype or cfg.dtype])
-    tokenizer.save(part, corpus.template)
-    part.rename(out / "model")
-    plot_losses(out)
+    checkpoint.export(model, tokenizer, corpus.template, DTYPES[cfg.save_dtype or cfg.dtype], out)
+    checkpoint.plot_losses(out)
     print(f"wrote   {', '.join(sorted(p.name for p in out.iterdir() if p.name != 'cache'))} in {out}")
     print_sample(model, tokenizer, corpus)
     return out
 
 
-def metrics(step: int, epoch: int, nats: Tensor, tokens: Tensor, loss: float, lam: float, lr: float, grad_norm: float) -> dict:
-    """One line of metrics.jsonl: the number optimized, both groups' means in nats per token, and their counts."""
+def update(model: Llama, optimizer: torch.optim.Optimizer, batches: list[Batch], cfg: Config, done: int, total_steps: int) -> dict:
+    """One optimizer step, the one after `done` others; returns its part of the log.
+
+    Raises:
+        ValueError: the loss or the gradient is not finite; the parameters are then as they were.
+    """
+    lam = lam_at(done, total_steps, cfg.lam_max, cfg.lam_min)
+    objective, label = partial(sft_go, lam=lam, worst=cfg.worst), groupers.labeller(cfg.grouper, cfg.eta)
+    if cfg.scope == "step":
+        nats, tokens = step(model, batches, objective, label, probe=lam > 0 and cfg.grouper != "none")
+        loss = objective(nats, tokens)
+    else:
+        nats, tokens, loss = micro_batch_step(model, batches, objective, label)
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf))
+    lr = lr_at(done, total_steps, cfg.lr, cfg.schedule, cfg.warmup_ratio)
+    row = metrics(nats, tokens) | {"lam": lam, "lr": lr, "grad_norm": grad_norm}
+    row = {"loss": float(loss), **row}
+    if not math.isfinite(row["loss"]) or not math.isfinite(grad_norm):
+        raise ValueError(
+            f"step {done + 1}: loss is {row['loss']:.4g} (important {shown(row['important'])}, unimportant {shown(row['unimportant'])}), "
+            f"gradient norm {grad_norm:.4g}. Not updated, and no model written; the metrics up to here are kept. "
+            "A lower --lr, more --warmup-ratio or --dtype float32 are the usual cures"
+        )
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return row
+
+
+def metrics(nats: Tensor, tokens: Tensor) -> dict:
+    """Both groups' means in nats per token, their counts, and which is the worse."""
     (n0, n1), (t0, t1) = nats.tolist(), tokens.tolist()
     unimportant, important = n0 / t0 if t0 else None, n1 / t1 if t1 else None
-    worst = "important" if t1 and (not t0 or important >= unimportant) else "unimportant"
     return {
-        "step": step,
-        "epoch": epoch,
-        "loss": loss,
         "ce": (n0 + n1) / (t0 + t1),
         "important": important,
         "unimportant": unimportant,
         "important_tokens": t1,
         "unimportant_tokens": t0,
-        "worst": worst,
-        "lam": lam,
-        "lr": lr,
-        "grad_norm": grad_norm,
+        "worst": "important" if t1 and (not t0 or important >= unimportant) else "unimportant",
     }
 
 
@@ -528,8 +441,12 @@ def main() -> None:
         train(parse_args())
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory; lower --micro-batch-tokens (the result stays the same) or --context")
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):
+            raise
+        sys.exit(
+            f"error: out of memory ({str(e).splitlines()[0]}); lower --micro-batch-tokens or --context, or compare the plan with the machine"
+        )
     except KeyboardInterrupt:
         sys.exit("interrupted")
 

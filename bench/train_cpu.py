@@ -4,14 +4,14 @@
     python bench/train_cpu.py --out numbers.json     the same numbers, to keep
 
     small     demo/base's shape
-    large     a Llama of about 40M parameters, with its tokenizer
+    large     a Llama of about 40M parameters, same tokenizer and vocabulary
 
 Both start from fresh weights. Each is a run of train.py itself, in a process of its own, so what is timed is the loop people
 use, and the peak memory is that model's; the numbers come from the run's metrics.jsonl. A step's seconds hold packing,
 forward, backward, clipping and AdamW. Nothing is kept but --out.
 
 Compare peak memory at equal --steps only: on a CPU, torch caches oneDNN's kernels for each new row length, so it rises for
-some dozens of steps (ONEDNN_PRIMITIVE_CACHE_CAPACITY and LRU_CACHE_CAPACITY bound it, at some cost in speed).
+some dozens of steps (ONEDNN_PRIMITIVE_CACHE_CAPACITY and LRU_CACHE_CAPACITY bound it).
 """
 
 import argparse
@@ -106,6 +106,8 @@ def bench(base: Path, data: Path, models: list[str], steps: int | None, out: Pat
         raise ValueError(f"{data}: no such file; set SFTGO_SHARED to the folder that has data/lima, or give --data")
     if steps is not None and steps < 2:
         raise ValueError(f"--steps {steps}: expected at least 2, the first one warms up and is not counted")
+    if out and not out.absolute().parent.is_dir():
+        raise ValueError(f"--out {out}: no such folder; create it first")
     about, results = machine(), []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -134,7 +136,7 @@ def main() -> None:
     )
     flag = parser.add_argument
     flag("--data", type=Path, default=SHARED / "data/lima/train.jsonl.gz", metavar="FILE", help="LIMA (default: the one in SFTGO_SHARED)")
-    flag("--base", type=Path, default=ROOT / "demo/base", metavar="FOLDER", help="model whose config and tokenizer to use (default: demo/base)")
+    flag("--base", type=Path, default=ROOT / "demo/base", metavar="FOLDER", help="whose config and tokenizer to use (default: demo/base)")
     flag("--one", choices=tuple(SHAPES), help="time this model only")
     flag("--steps", type=int, metavar="N", help="steps of each model, the first not counted (default: 12 small, 4 large)")
     flag("--out", type=Path, metavar="FILE.json", help="write the numbers here too")

@@ -51,7 +51,9 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCAB - len(SPECIAL), initial_alphabet=alphabet))
     tokenizer.add_special_tokens(SPECIAL)
     bos = SPECIAL[0]
-    with_bos = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+    with_bos = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
     tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), with_bos])
     return tokenizer
 

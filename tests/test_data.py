@@ -5,17 +5,18 @@ import json
 import shutil
 import unicodedata
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save
+from stories260k import SHARED
+from tiny import VOCAB, tiny_folder
 
 import data
 from data import CHAT_TEMPLATES, END, PROMPT, RESPONSE, TEMPLATE, Tokenizer, epoch_order, load_corpus, micro_batches, parse, read_rows
 from model import Llama
-from stories260k import SHARED
-from tiny import VOCAB, tiny_folder
 
 MARKS = {TEMPLATE: "{}", PROMPT: "‹{}›", RESPONSE: "⟦{}⟧", END: "⟪{}⟫"}
 
@@ -67,7 +68,7 @@ def marked(tokenizer, corpus, i=0) -> str:
     return text
 
 
-# ---- rows ----
+# Rows.
 
 LINE = "the\u2028sea"  # U+2028 ends a line for str.splitlines, not for JSON
 TURNS = [("user", LINE), ("assistant", "Rain. 🐙"), ("user", "Sure?"), ("assistant", "Yes.")]
@@ -108,7 +109,7 @@ def test_unanswered_and_empty_rows_are_left_out_and_counted(corpus_of, tokenizer
     assert samples(corpus) == samples(corpus_of([whole, whole]))
 
 
-# ---- templates ----
+# Templates.
 
 BOS, CLOSE = "[begin_of_text]", "⟪[end_of_text]⟫"
 STANFORD = "Below is an instruction that describes a task"
@@ -129,7 +130,10 @@ RENDERED = {  # a token that holds a character of the row's text, and a space or
         {"prompt": "\nthe sea\n", "completion": " \nYes\n "},
         f"{BOS}User: ‹\nthe sea\n\n\n›Assistant:⟦  \nYes\n ⟧{CLOSE}",
     ),
-    "plain, unicode": ({"prompt": "é e\u0301 日本 🐙", "completion": "🐙日"}, f"{BOS}User: ‹é e\u0301 日本 🐙›\n\nAssistant:⟦ 🐙日⟧{CLOSE}"),
+    "plain, unicode": (
+        {"prompt": "é e\u0301 日本 🐙", "completion": "🐙日"},
+        f"{BOS}User: ‹é e\u0301 日本 🐙›\n\nAssistant:⟦ 🐙日⟧{CLOSE}",
+    ),
     "plain, nothing asked": ({"prompt": "", "completion": "Yes"}, f"{BOS}User: \n\nAssistant:⟦ Yes⟧{CLOSE}"),
     "plain, spelt": ({"prompt": SPELT, "completion": SPELT}, f"{BOS}User: ‹{SPELT}›\n\nAssistant:⟦ {SPELT}⟧{CLOSE}"),
     "plain of Alpaca": (WITH_INPUT, f"{BOS}User: ‹Name the sea\n\n1 2›\n\nAssistant:⟦ Yes⟧{CLOSE}"),
@@ -217,7 +221,7 @@ def test_llama3_is_refused_where_its_tokens_were_never_trained(tmp_path, tokeniz
         data.require_trained_headers(folder, tokenizer)
 
 
-# ---- what is saved with the model ----
+# What is saved with the model.
 
 
 @pytest.mark.fast
@@ -242,12 +246,12 @@ def test_the_saved_chat_template_gives_transformers_our_token_ids(tmp_path, toke
     assert rendered(turns) == samples(corpus_of([{"messages": messages(turns)}], template))[0]
 
     again = Tokenizer(tmp_path / "model", VOCAB)  # a saved folder is a model folder
-    assert (again.bos, again.end, again.digest) == (tokenizer.bos, tokenizer.end, tokenizer.digest)
+    assert (again.bos, again.end, again.raw) == (tokenizer.bos, tokenizer.end, tokenizer.raw)
     again.save(tmp_path / "model", "text")
     assert "chat_template" not in json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
 
 
-# ---- length ----
+# Length.
 
 
 @pytest.mark.fast
@@ -279,7 +283,7 @@ def test_long_text_is_cut_into_pieces_that_together_train_on_each_token_once(cor
         assert np.array_equal(~corpus.loss_mask, np.isin(np.arange(len(corpus.ids)), corpus.starts))
 
 
-# ---- batches ----
+# Batches.
 
 
 @pytest.mark.fast
@@ -332,7 +336,7 @@ def test_micro_batches_hold_each_sample_once_with_targets_and_labels_shifted_tog
         assert supervised == corpus.loss_mask.sum() and ends == sum(len(row["conversations"]) // 2 for row in rows)
 
 
-# ---- cache ----
+# Cache.
 
 
 @pytest.mark.fast
@@ -346,7 +350,9 @@ def test_a_second_load_reads_the_cache_and_any_change_misses_it(tmp_path, corpus
         for change in (dict(rows=rows * 2), dict(template="llama3"), dict(context=4095)):
             with pytest.raises(NameError, match="tokenize"):
                 corpus_of(**{"rows": rows, "cache": cache, **change})
-        patched.setattr(data, "source_digest", lambda: "edited")
+        edited = tmp_path / "edited.py"
+        edited.write_text(Path(data.__file__).read_text() + "# another template\n")
+        patched.setattr(data, "__file__", str(edited))
         with pytest.raises(NameError, match="tokenize"):
             corpus_of(rows, cache=cache)
     assert len(list(cache.iterdir())) == 1
@@ -368,7 +374,7 @@ def test_a_damaged_cache_is_made_again_with_a_notice(tmp_path, corpus_of, capsys
     assert [path.read_bytes() for path in cache.iterdir()] == [raw]
 
 
-# ---- bad input ----
+# Bad input.
 
 ROW = b'{"prompt": "Hi", "completion": "Yes"}\n'
 BAD = {  # the file, what is said of it, and perhaps --template and --context
@@ -445,7 +451,7 @@ def test_a_bad_tokenizer_gets_one_clear_error(tmp_path, fault):
     assert "\n" not in str(e.value)
 
 
-# ---- real data ----
+# Real data.
 
 
 def shared(name):

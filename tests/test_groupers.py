@@ -6,13 +6,13 @@ import random as python_random
 import numpy as np
 import pytest
 import torch
+from stories260k import SHARED
+from tiny import tiny_folder
 
 import groupers
 from data import END, PROMPT, RESPONSE, TEMPLATE, Corpus, Tokenizer, load_corpus, micro_batches
 from groupers import important
 from model import LlamaConfig
-from stories260k import SHARED
-from tiny import tiny_folder
 
 LIMA = SHARED / "data" / "lima" / "train.jsonl.gz"
 
@@ -56,7 +56,10 @@ def test_important_follows_the_threshold_rule(seed):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("n, eta, count", [(10, 0.9, 1), (10, 0.75, 3), (10, 0.7, 3), (5, 0.9, 1), (15, 0.9, 2), (1, 0.9, 1), (20, 0.85, 3), (4, 1.0, 1), (4, 0.0, 4)])
+@pytest.mark.parametrize(
+    "n, eta, count",
+    [(10, 0.9, 1), (10, 0.75, 3), (10, 0.7, 3), (5, 0.9, 1), (15, 0.9, 2), (1, 0.9, 1), (20, 0.85, 3), (4, 1.0, 1), (4, 0.0, 4)],
+)
 def test_eta_is_a_percentile_rounded_half_up_and_never_empties_a_sample(n, eta, count):
     got = important(torch.arange(float(n)), torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.int64), eta)
     assert got.sum() == count and got[-1] and (count == n or not got[0])
@@ -88,7 +91,9 @@ def test_tfidf_of_three_sentences_worked_by_hand():
     corpus = corpus_of(sentence(1, 2), sentence(1, 2, 2), sentence(1, 3, 3))
     rare, some, common = math.log(4 / 2) + 1, math.log(4 / 3) + 1, math.log(4 / 4) + 1
     inf = -math.inf
-    by_hand = [inf, common, common, some, inf] + [inf, common, common, 2 * some, 2 * some, inf] + [inf, common, common, 2 * rare, 2 * rare, inf]
+    by_hand = (
+        [inf, common, common, some, inf] + [inf, common, common, 2 * some, 2 * some, inf] + [inf, common, common, 2 * rare, 2 * rare, inf]
+    )
     np.testing.assert_allclose(groupers.tfidf(corpus), by_hand)
     verdict = groupers.label_corpus("tfidf", corpus, 0.75, seed=0)
     assert verdict.tolist() == [s == best for s, best in zip(by_hand, 5 * [some] + 6 * [2 * some] + 6 * [2 * rare])]
@@ -114,7 +119,11 @@ def test_random_depends_on_its_seed_alone_and_leaves_global_generators_alone():
     a, b, c = (groupers.label_corpus("random", corpus, 0.7, seed) for seed in (0, 0, 1))
     assert (a == b).all() and (a != c).any()
     assert a.sum() == 2 * 12, "30 % of 39 words and an end token, rounded, in each sample"
-    assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all() and before[2] == python_random.getstate()
+    assert (
+        torch.equal(before[0], torch.get_rng_state())
+        and (before[1] == np.random.get_state()[1]).all()
+        and before[2] == python_random.getstate()
+    )
 
 
 @pytest.mark.fast

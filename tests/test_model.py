@@ -5,10 +5,10 @@ import os
 import shutil
 
 import pytest
+import stories260k
 import torch
 from safetensors.torch import load_file, save_file
 
-import stories260k
 from model import Layout, Llama, LlamaConfig, weight_files
 
 LLAMA3_SCALING = {
@@ -130,6 +130,40 @@ def test_save_and_load_keep_every_bit_in_one_file_or_many(tmp_path, tied):
 
 
 @pytest.mark.fast
+def test_saving_over_older_weights_leaves_none_of_them(tmp_path, tiny):
+    tiny.save_pretrained(tmp_path / "x", max_shard_bytes=20_000)
+    with torch.no_grad():
+        tiny.model.norm.weight.fill_(7.0)
+    tiny.save_pretrained(tmp_path / "x")
+    assert Llama.from_pretrained(tmp_path / "x").model.norm.weight[0] == 7
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.fast
+def test_a_config_made_in_code_is_saved_whole(tmp_path):
+    cfg = LlamaConfig(
+        vocab_size=30, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8
+    )
+    Llama(cfg).save_pretrained(tmp_path)
+    assert Llama.from_pretrained(tmp_path).cfg == cfg
+
+
+@pytest.mark.fast
+def test_a_frozen_matrix_gets_no_gradient_and_the_others_the_same(tmp_path):
+    model = Llama.from_pretrained(folder_of(tmp_path), compute_dtype=torch.bfloat16, seed=3)
+    frozen = model.model.layers[1].mlp.up_proj.weight
+
+    def gradient():
+        model(torch.arange(60)[None], Layout.packed([60])).float().square().sum().backward()
+        return {n: p.grad for n, p in model.named_parameters() if p is not frozen and p.grad is not None}
+
+    full = gradient()
+    model.zero_grad()
+    frozen.requires_grad_(False)
+    assert all(torch.equal(g, full[n]) for n, g in gradient().items()) and frozen.grad is None
+
+
+@pytest.mark.fast
 def test_bf16_compute_keeps_fp32_parameters_and_no_second_copy_of_them(tmp_path):
     model = Llama.from_pretrained(folder_of(tmp_path), compute_dtype=torch.bfloat16, seed=3)
     saved = []
@@ -190,17 +224,22 @@ def test_stories260k_writes_the_text_that_llama2c_pins(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the variable-length attention kernel")
 def test_the_gpu_kernel_agrees_with_the_document_loop(tmp_path):
-    cfg = folder_of(tmp_path, head_dim=16)
-    lengths = [7, 1, 40, 23]
+    cfg, lengths = folder_of(tmp_path, head_dim=16), [7, 1, 40, 23]
     tokens = torch.randint(97, (sum(lengths),))
-    full = logits(Llama.from_pretrained(cfg, seed=3), tokens, lengths)
-    model = Llama.from_pretrained(cfg, seed=3, compute_dtype=torch.bfloat16, device="cuda")
-    layout = Layout.packed(lengths, "cuda")
-    half = model.lm_head(model(tokens[None].cuda(), layout))[0].cpu()
-    assert (full - half).abs().max() < 0.1 * full.abs().max()
+
+    def logits_and_gradient(device, dtype):
+        model = Llama.from_pretrained(cfg, seed=3, compute_dtype=dtype, device=device)
+        out = model.lm_head(model(tokens[None].to(device), Layout.packed(lengths, device)))[0].float()
+        torch.nn.functional.cross_entropy(out[:-1], tokens[1:].to(device)).backward()
+        return out.detach().cpu(), torch.cat([p.grad.flatten().cpu() for p in model.parameters()])
+
+    reference = logits_and_gradient("cpu", torch.float32)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+        for expected, got in zip(reference, logits_and_gradient("cuda", dtype)):
+            assert (expected - got).norm() < tolerance * expected.norm()
 
 
-# ---- bad folders ----
+# Bad folders.
 
 
 def _edit_config(**changes):
@@ -247,17 +286,39 @@ BROKEN = {
     "not a Llama": (_edit_config(model_type="mistral"), r"config\.json: model_type is 'mistral', expected 'llama'"),
     "biases": (_edit_config(attention_bias=True), "attention_bias is True"),
     "yarn": (_edit_config(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rotary scaling is 'yarn'"),
-    "heads": (_edit_config(num_key_value_heads=4), "6 query heads do not divide into 4"),
+    "heads": (_edit_config(num_key_value_heads=4), "6 query heads, 4 key/value heads of width 8: expected query heads in equal groups"),
+    "odd width": (_edit_config(head_dim=7), "an even width"),
+    "no heads": (_edit_config(num_attention_heads=0), "num_attention_heads is 0, expected a whole number above 0"),
+    "width as text": (_edit_config(hidden_size="48"), "hidden_size is '48', expected a whole number"),
+    "no layers": (_edit_config(num_hidden_layers=None), "num_hidden_layers is None"),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), r"config\.json: holds a list, expected an object"),
+    "rotary a word": (_edit_config(rope_scaling="llama3"), "rotary settings are 'llama3', expected an object"),
+    "rotary half told": (
+        _edit_config(rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+        "llama3 rotary scaling without high_freq_factor, low_freq",
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json: not readable as JSON"),
     "truncated": (_truncate, r"model\.safetensors: not a whole safetensors file"),
     "missing tensor": (_edit_tensors(lambda t: t.pop("model.norm.weight")), r"1 of 29 tensors missing \(model\.norm\.weight\)"),
     "foreign tensor": (_edit_tensors(lambda t: t.update(x=torch.zeros(1))), r"1 tensors this Llama does not have \(x\)"),
     "misshapen": (_edit_tensors(lambda t: t.update({"model.norm.weight": torch.zeros(47)})), r"model\.norm\.weight is \(47,\).*\(48,\)"),
-    "claimed tied": (_edit_tensors(lambda t: t.update({"lm_head.weight": torch.zeros(97, 48)})), "lm_head.weight differs from the embedding"),
+    "claimed tied": (
+        _edit_tensors(lambda t: t.update({"lm_head.weight": torch.zeros(97, 48)})),
+        "lm_head.weight differs from the embedding",
+    ),
     "claimed untied": (_edit_config(tie_word_embeddings=False), r"missing \(lm_head\.weight\)"),
     "pickle": (_pickle_only, "pytorch_model.bin, a pickle"),
     "lost shard": (_index_without_shard, "names model-00001-of-00002.safetensors, not in this folder"),
+    "index a list": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "index.json: holds a list"),
+    "index of numbers": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}'),
+        "no weight_map from tensors to files",
+    ),
+    "shards without index": (
+        lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
+        "neither model.safetensors nor its index",
+    ),
     "index points outside": (_index_outside, "not in this folder"),
     "Meta's layout": (_meta_layout, "these are in Meta's layout"),
     "no folder": (shutil.rmtree, "no such folder"),
@@ -289,7 +350,9 @@ def test_a_config_without_weights_gives_fresh_ones_by_seed(tmp_path):
 def test_rotary_scaling_at_full_size_is_the_published_one():
     transformers = pytest.importorskip("transformers")
     scaling = dict(LLAMA3_SCALING, original_max_position_embeddings=8192)
-    raw = dict(TINY, rope_theta=500000.0, rope_scaling=scaling, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+    raw = dict(
+        TINY, rope_theta=500000.0, rope_scaling=scaling, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, head_dim=128
+    )
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(**{**raw, "max_position_embeddings": 131072})).inv_freq

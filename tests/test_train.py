@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from stories260k import SHARED
+from tiny import tiny_folder
 
+import checkpoint
 import data
 import groupers
 import train
 from model import Layout, Llama, LlamaConfig
 from sftgo import sft_go, sft_go_loss
-from stories260k import SHARED
-from tiny import tiny_folder
 
 ROWS = [
     {"prompt": f"What is {w}?", "completion": f"It is {w * n}, or so they say, {w} and {n}."}
@@ -54,7 +55,7 @@ def metrics(out):
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
-# ---- the step ----
+# The step.
 
 
 @pytest.fixture
@@ -156,9 +157,14 @@ class Unigram(torch.nn.Module):
 @pytest.mark.fast
 def test_training_follows_the_objective_it_is_given():
     targets = torch.tensor([3, 3, 3, 7, 3, 3, 3, 3])  # one important seven among threes
-    batch = data.Batch(targets[None], targets, torch.ones(8, dtype=torch.bool), targets == 7, torch.zeros(8, dtype=torch.int64), Layout.packed([8]))
+    batch = data.Batch(
+        targets[None], targets, torch.ones(8, dtype=torch.bool), targets == 7, torch.zeros(8, dtype=torch.int64), Layout.packed([8])
+    )
     learnt = {}
-    for name, objective in {"ce": lambda nats, tokens: nats.sum() / tokens.sum(), "only important": lambda nats, tokens: nats[1] / tokens[1]}.items():
+    for name, objective in {
+        "ce": lambda nats, tokens: nats.sum() / tokens.sum(),
+        "only important": lambda nats, tokens: nats[1] / tokens[1],
+    }.items():
         model = Unigram()
         for _ in range(20):
             train.step(model, [batch], objective, lambda nll, batch: batch.important)
@@ -187,6 +193,7 @@ def test_learning_rate_warms_up_from_above_zero_and_goes_to_zero():
     assert rates[3:] == sorted(rates[3:], reverse=True) and rates[-1] == pytest.approx((1 + math.cos(math.pi * 6 / 7)) / 2)
     assert [train.lr_at(t, 4, 2.0, "linear", 0.0) for t in range(4)] == [2.0, 1.5, 1.0, 0.5]
     assert {train.lr_at(t, 4, 2.0, "constant", 0.0) for t in range(4)} == {2.0}
+    assert train.lr_at(6, 100, 1.0, "cosine", 0.07) == train.lr_at(7, 100, 1.0, "cosine", 0.07) == 1.0 > train.lr_at(5, 100, 1.0, "cosine", 0.07)
 
 
 @pytest.mark.fast
@@ -196,11 +203,13 @@ def test_weight_decay_is_on_matrices_only(model_and_corpus, folder, rows):
     assert kept["weight_decay"] == 0.0 and len(kept["params"]) == 5 and all(p.ndim == 1 for p in kept["params"])
 
 
-# ---- whole runs ----
+# Whole runs.
 
 
 def test_a_run_overfits_its_rows_and_its_log_adds_up(folder, rows, tmp_path, capsys):
-    out = run(folder, rows, "--out", tmp_path / "out", "--epochs", 40, "--grouper", "tfidf", "--eta", 0.7, "--lam-max", 0.9, "--lam-min", 0.2)
+    out = run(
+        folder, rows, "--out", tmp_path / "out", "--epochs", 40, "--grouper", "tfidf", "--eta", 0.7, "--lam-max", 0.9, "--lam-min", 0.2
+    )
     log = metrics(out)
     assert [row["step"] for row in log] == list(range(1, 121)) and log[-1]["epoch"] == 39
     assert log[-1]["ce"] < 1.0 < log[0]["ce"] / 5
@@ -210,7 +219,9 @@ def test_a_run_overfits_its_rows_and_its_log_adds_up(folder, rows, tmp_path, cap
         n1, n0 = row["important_tokens"], row["unimportant_tokens"]
         assert row["ce"] == pytest.approx((n1 * row["important"] + n0 * row["unimportant"]) / (n0 + n1))
         assert row["worst"] == ("important" if row["important"] >= row["unimportant"] else "unimportant")
-    assert sum(row["important_tokens"] + row["unimportant_tokens"] for row in log[:3]) == sum(row["important_tokens"] + row["unimportant_tokens"] for row in log[3:6])
+    assert sum(row["important_tokens"] + row["unimportant_tokens"] for row in log[:3]) == sum(
+        row["important_tokens"] + row["unimportant_tokens"] for row in log[3:6]
+    )
     names = "step epoch loss ce important unimportant important_tokens unimportant_tokens worst lam lr grad_norm tokens seconds tokens_per_second peak_memory_bytes"
     assert list(log[0]) == names.split()
     about = json.loads((out / "config.json").read_text())
@@ -226,12 +237,16 @@ def test_the_saved_model_is_what_transformers_loads(folder, rows, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
     ours = Llama.from_pretrained(out / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(out / "model")
-    ids = torch.tensor(tokenizer.apply_chat_template([{"role": "user", "content": "What is water?"}], add_generation_prompt=True)["input_ids"])
+    ids = torch.tensor(
+        tokenizer.apply_chat_template([{"role": "user", "content": "What is water?"}], add_generation_prompt=True)["input_ids"]
+    )
     hidden = ours(ids[None], Layout.packed([len(ids)]))
     assert (ours.lm_head(hidden) - theirs(ids[None]).logits).abs().max() <= 1e-4
     assert theirs.generation_config.eos_token_id == [ours.cfg.raw["eos_token_id"]]
     new = theirs.generate(ids[None], max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
-    assert [t for t in new if t != ours.cfg.raw["eos_token_id"]] == ours.generate([ids.tolist()], 12, stop_ids=(ours.cfg.raw["eos_token_id"],))[0]
+    assert [t for t in new if t != ours.cfg.raw["eos_token_id"]] == ours.generate(
+        [ids.tolist()], 12, stop_ids=(ours.cfg.raw["eos_token_id"],)
+    )[0]
 
 
 def test_the_same_seed_gives_the_same_run_and_micro_batches_change_only_rounding(folder, rows, tmp_path):
@@ -265,6 +280,82 @@ def test_bf16_compute_stays_near_fp32_and_a_tiny_rate_still_moves_the_master_wei
     assert 0 < moved.max() < 1e-6, "bf16 weights would have swallowed a step of 1e-7"
 
 
+EFFECTS = {  # each flag, against a run without it: what of the log or of the weights must differ
+    "--scope micro_batch": "loss",
+    "--lam-max 0.3": "loss",
+    "--lam-min 0": "loss",
+    "--eta 0.4": "loss",
+    "--grouper random": "loss",
+    "--lr 0.02": "weights",
+    "--schedule linear": "weights",
+    "--warmup-ratio 0.5": "weights",
+    "--weight-decay 0.9": "weights",
+    "--betas 0.5 0.6": "weights",
+    "--eps 0.1": "weights",
+    "--clip 0.01": "weights",
+    "--seed 1": "first loss",
+    "--context 24": "first loss",
+    "--batch-size 3": "first loss",
+    "--template llama3": "first loss",
+    "--dtype bfloat16": "first loss",
+}
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory):
+    """A short run that each flag is compared with: (folder, rows, losses, weights)."""
+    here = tmp_path_factory.mktemp("unchanged")
+    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return here, *losses_and_weights(tiny_folder(here / "tiny"), here / "rows.jsonl", here / "out")
+
+
+def losses_and_weights(folder, rows, out, *flags):
+    run(folder, rows, "--out", out, "--micro-batch-tokens", 127, "--eta", 0.7, "--save-dtype", "float32", *flags)
+    weights = Llama.from_pretrained(out / "model").model.layers[0].mlp.up_proj.weight.detach()
+    return [row["loss"] for row in metrics(out)], weights
+
+
+@pytest.mark.parametrize("flag", EFFECTS)
+def test_a_flag_changes_what_it_says(unchanged, tmp_path, flag):
+    here, losses, weights = unchanged
+    other_losses, other_weights = losses_and_weights(here / "tiny", here / "rows.jsonl", tmp_path / "out", *flag.split())
+    assert not torch.allclose(other_weights, weights, rtol=0, atol=1e-6)
+    if EFFECTS[flag] == "first loss":
+        assert other_losses[0] != pytest.approx(losses[0], abs=1e-5)
+    elif EFFECTS[flag] == "weights":  # the optimizer's business: the first loss is that of the same weights
+        assert other_losses[0] == losses[0] and other_losses[-1] != losses[-1]
+    else:
+        assert other_losses[0] != pytest.approx(losses[0], abs=1e-5) or flag == "--lam-min 0" and other_losses[-1] != losses[-1]
+
+
+def test_worst_important_trains_the_important_group_whichever_is_higher(folder, rows, tmp_path):
+    for worst in ("important", "max"):
+        log = metrics(run(folder, rows, "--out", tmp_path / worst, "--grouper", "random", "--eta", 0.5, "--lam-max", 1, "--epochs", 8, "--worst", worst))
+        assert {row["worst"] for row in log} == {"important", "unimportant"}
+        assert all(row["loss"] == pytest.approx(row["important" if worst == "important" else row["worst"]]) for row in log)
+
+
+def test_each_epoch_has_its_own_order(folder, rows, tmp_path, monkeypatch):
+    asked = []
+    order = data.epoch_order
+    monkeypatch.setattr(data, "epoch_order", lambda n, size, seed, epoch, drop: asked.append(epoch) or order(n, size, seed, epoch, drop))
+    log = metrics(run(folder, rows, "--out", tmp_path / "out", "--epochs", 3, "--lr", "1e-12", "--lam-max", 0))
+    assert asked[1:] == [0, 1, 2]  # the first is the plan's
+    assert len({tuple(row["tokens"] for row in log[i : i + 3]) for i in (0, 3, 6)}) == 3
+
+
+def test_plain_sft_pays_for_one_forward(folder, rows, tmp_path, monkeypatch):
+    calls = []
+    forward = Llama.forward
+    monkeypatch.setattr(Llama, "forward", lambda *a: calls.append(torch.is_grad_enabled()) or forward(*a))
+    monkeypatch.setattr(train, "print_sample", lambda *a: None)
+    flags = ("--micro-batch-tokens", 127, "--max-steps", 1, "--batch-size", 11)
+    run(folder, rows, "--out", tmp_path / "a", "--grouper", "none", *flags)
+    assert len(calls) > 1 and all(calls)
+    run(folder, rows, "--out", tmp_path / "b", *flags)
+    assert len(calls) == 3 * calls.count(False) + calls.index(False) - calls.count(False)
+
+
 def test_max_steps_and_drop_last_set_the_number_of_steps(folder, rows, tmp_path):
     assert len(metrics(run(folder, rows, "--out", tmp_path / "a", "--max-steps", 2))) == 2
     log = metrics(run(folder, rows, "--out", tmp_path / "b", "--drop-last"))
@@ -272,12 +363,15 @@ def test_max_steps_and_drop_last_set_the_number_of_steps(folder, rows, tmp_path)
     assert log[-1]["lr"] > 0
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(folder, rows, tmp_path, capsys, monkeypatch):
+def test_dry_run_prints_the_plan_before_it_loads_a_weight_and_writes_nothing(folder, rows, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Llama, "from_pretrained", None)
     before = sorted(tmp_path.rglob("*"))
     assert run(folder, rows, "--dry-run") is None
-    said = capsys.readouterr().out
-    assert all(word in said for word in ("data", "tokens", "groups", "steps", "model", "memory")) and "6 in all" in said
+    said = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert list(said) == ["data", "tokens", "groups", "steps", "model", "memory"]
+    assert said["data"].endswith("rows.jsonl: 11 rows, 11 samples kept") and said["steps"].startswith("3 an epoch of 4 samples, 6 in all;")
+    assert said["groups"].startswith("tfidf, η 0.9: ") and "M parameters (fresh: the folder has no weights)" in said["model"]
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -288,7 +382,7 @@ def test_plain_text_trains_and_gives_its_own_sample(folder, tmp_path, capsys):
     assert "chat_template" not in json.loads((out / "model" / "tokenizer_config.json").read_text())
 
 
-# ---- run folders ----
+# Run folders.
 
 
 def test_a_finished_run_says_so_and_any_other_folder_is_refused(folder, rows, tmp_path, capsys):
@@ -316,6 +410,42 @@ def test_a_finished_run_says_so_and_any_other_folder_is_refused(folder, rows, tm
         run(folder, rows, "--out", foreign / "thesis.txt")
 
 
+def test_a_run_never_removes_the_model_or_data_it_reads(folder, rows, tmp_path):
+    out = run(folder, rows, "--out", tmp_path / "out", "--max-steps", 1)
+    before = sorted(out.rglob("*"))
+    with pytest.raises(ValueError, match="--model .* lies in it"):
+        run(out / "model", rows, "--out", out, "--overwrite")
+    (out / "rows.jsonl").write_bytes(rows.read_bytes())
+    with pytest.raises(ValueError, match="--data .* lies in it"):
+        run(folder, out / "rows.jsonl", "--out", out, "--overwrite")
+    assert sorted(out.rglob("*")) == sorted([*before, out / "rows.jsonl"])
+    assert len(metrics(run(out / "model", rows, "--out", tmp_path / "next", "--max-steps", 2))) == 2
+
+
+def test_of_two_runs_that_start_on_one_folder_the_second_is_refused(folder, rows, tmp_path):
+    cfg = config(folder, rows, "--out", tmp_path / "out")
+    out = checkpoint.claim(cfg)
+    (out / "metrics.jsonl").write_text("the first one's")
+    with pytest.raises(ValueError, match="another run took it in the meantime"):
+        checkpoint.claim(cfg)
+    assert (out / "metrics.jsonl").read_text() == "the first one's"
+
+
+def test_a_run_needs_no_git_and_no_matplotlib(folder, rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = run(folder, rows, "--out", tmp_path / "out", "--max-steps", 1)
+    assert json.loads((out / "config.json").read_text())["git_commit"] is None
+    assert 'no losses.png: matplotlib is not installed; pip install -e ".[plots]"' in capsys.readouterr().out
+
+
+def test_the_picture_is_drawn_when_a_group_is_mostly_empty(tmp_path):
+    rows = [{"step": i + 1, "ce": 1.0, "unimportant": None if i else 1.0, "important": 1.0} for i in range(200)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    checkpoint.plot_losses(tmp_path)
+    assert (tmp_path / "losses.png").stat().st_size > 5000
+
+
 def test_without_out_each_run_takes_the_next_free_folder(folder, rows, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert [str(run(folder, rows, "--max-steps", 1)) for _ in range(2)] == ["runs/run-1", "runs/run-2"]
@@ -328,7 +458,7 @@ def test_a_second_run_reads_the_tokens_of_the_first(folder, rows, tmp_path, monk
     assert not (tmp_path / "a" / "cache").exists()
 
 
-# ---- mistakes ----
+# Mistakes.
 
 
 def said_by_main(capsys, monkeypatch, *argv):
@@ -397,19 +527,37 @@ def test_a_full_disk_while_saving_is_one_line_and_leaves_no_model(folder, rows, 
     out = tmp_path / "out"
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); import train; train.main()"  # weights need 140 kB
     flags = f"--model {folder} --data {rows} --context 128 --micro-batch-tokens 512 --max-steps 1 --out {out} --cache {tmp_path / 'cache'} --save-dtype float32"
-    done = subprocess.run([sys.executable, "-c", limit, *flags.split()], cwd=Path(train.__file__).parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", limit, *flags.split()], cwd=Path(train.__file__).parent, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert re.search(r"^error: .*model\.safetensors: cannot be written \(.*\); is the disk full\?$", done.stderr, re.M), done.stderr
+    assert re.search(r"^error: .*model\.safetensors\.part: cannot be written \(.*\); is the disk full\?$", done.stderr, re.M), done.stderr
     assert (out / "metrics.jsonl").exists() and not (out / "model").exists()
 
 
-# ---- configuration ----
+def test_a_gradient_that_is_not_finite_stops_before_the_update(folder, rows, tmp_path, monkeypatch):
+    def poison(model, *rest, **more):
+        totals = real(model, *rest, **more)
+        model.model.norm.weight.grad[0] = math.inf
+        return totals
+
+    real = train.step
+    monkeypatch.setattr(train, "step", poison)
+    with pytest.raises(ValueError, match="step 1: loss is .* gradient norm (inf|nan). Not updated"):
+        run(folder, rows, "--out", tmp_path / "out")
+
+
+# Configuration.
 
 
 @pytest.mark.fast
 def test_every_flag_is_read_by_the_code_and_shown_by_help(capsys):
-    tree = ast.parse(Path(train.__file__).read_text())
-    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "cfg"}
+    tree = ast.parse(Path(train.__file__).read_text() + Path(checkpoint.__file__).read_text())
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "cfg"
+    }
     assert {f.name for f in fields(train.Config)} <= read
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
@@ -449,7 +597,7 @@ def test_the_memory_estimate_is_near_what_backward_keeps(folder):
     assert 0.75 < estimate / sum(kept.values()) < 1.25
 
 
-# ---- real data ----
+# Real data.
 
 
 def test_the_loss_of_a_lima_batch_is_the_number_transformers_gives(tmp_path):
