@@ -252,12 +252,13 @@ def lr_at(step: int, total_steps: int, lr: float, schedule: str, warmup_ratio: f
 def memory_needed(cfg: LlamaConfig, parameters: int, positions: int, compute_bytes: int) -> dict[str, int]:
     """Bytes of the largest micro-batch's step, by what they are for.
 
-    A parameter takes 16 bytes: itself, its gradient and AdamW's two moments, each float32. A position of a layer keeps
-    for backward: two float32 inputs of norms and two outputs, q, k, v, the attention's output twice, and four
-    feed-forward rows. The head holds one chunk of logits, its float32 copy and its weight's cast and gradient.
+    A parameter takes 16 bytes: itself, its gradient and AdamW's two moments, each float32. A position of a layer keeps for
+    backward: two norms' float32 input, float32 normalized row (a fused kernel saves this one) and output, q, k, v, the
+    attention's output twice, and four feed-forward rows. The head holds one chunk of logits, its float32 copy, and its
+    weight's cast and gradient.
     """
     D, q, kv, ff = cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim, cfg.intermediate_size
-    layer = 2 * 4 * D + compute_bytes * (2 * D + 3 * q + 2 * kv + 4 * ff)
+    layer = 2 * 8 * D + compute_bytes * (2 * D + 3 * q + 2 * kv + 4 * ff)
     return {
         "weights, gradients, AdamW": 16 * parameters,
         "activations": positions * (cfg.num_hidden_layers * layer + (8 + 2 * compute_bytes) * D),

@@ -30,6 +30,10 @@ def test_the_readmes_first_command_works_and_works_twice(tmp_path):
         assert sum(row["ce"] for row in log[-20:]) / 20 < log[0]["ce"] - 0.5, "the demo should visibly learn"
     assert finals[0] == finals[1]
 
+    (code,) = re.findall(r"```python\n(.+?)```", README, re.S)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.split()) > 3, done.stderr
+
 
 @pytest.mark.fast
 def test_the_demo_is_whole_and_small():
@@ -47,7 +51,7 @@ def test_every_file_and_flag_the_readme_names_exists():
     import train
 
     flags = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(train.Config)}
-    ours = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README)) - {"--help", "--exclude", "--limit"}
+    ours = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README)) - {"--help"}
     assert ours <= flags, ours - flags
     for name in re.findall(r"`((?:[a-z0-9_]+/)*[a-z0-9_]+\.(?:py|md|jsonl|toml))`", README):
         assert (ROOT / name).exists() or name in ("metrics.jsonl",), name
