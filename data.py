@@ -112,7 +112,7 @@ def parse(where: str, row: dict) -> tuple[str, Turns]:
     def tagged(turns: list, field: str, role_key: str, text_key: str) -> Turns:
         out = []
         for i, turn in enumerate(turns):
-            if not isinstance(turn, dict) or turn.get(role_key) not in list(ROLES) or text_key not in turn:
+            if not isinstance(turn, dict) or turn.get(role_key) not in [*ROLES] or text_key not in turn:  # a list: any JSON may stand there
                 raise ValueError(
                     f"{where}: {field}[{i}] is {json.dumps(turn)[:60]}, expected an object with {role_key} "
                     f"({', '.join(ROLES)}) and {text_key}"

@@ -175,7 +175,7 @@ def batch_nll(model: Llama, batch: Batch) -> Tensor:
 
 def price(objective: Objective, nats: Tensor, tokens: Tensor) -> Tensor:
     """What one more nat in each group costs: ∂ loss / ∂ nats, (2,) float64."""
-    nats = nats.double().requires_grad_()
+    nats = nats.detach().double().requires_grad_()
     return torch.autograd.grad(objective(nats, tokens), nats)[0]
 
 
@@ -195,7 +195,7 @@ def step(model: Llama, batches: list[Batch], objective: Objective, label: groupe
     if len(batches) == 1:  # one graph fits: look, then pay
         nll = batch_nll(model, batches[0])
         nats, tokens = group_sums(nll, label(nll.detach(), batches[0]), batches[0].loss_mask)
-        backward(price(objective, nats.detach(), tokens), nats)
+        backward(price(objective, nats, tokens), nats)
         return nats.detach().double(), tokens
     if probe:  # several: look first without a graph, +1/3; a token keeps the label it gets here
         with torch.no_grad():
@@ -210,9 +210,9 @@ def step(model: Llama, batches: list[Batch], objective: Objective, label: groupe
     sums = []
     for batch, group in zip(batches, labels):
         nll = batch_nll(model, batch)
-        sums.append(group_sums(nll, label(nll.detach(), batch) if group is None else group, batch.loss_mask))
-        backward(cost, sums[-1][0])
-        sums[-1] = sums[-1][0].detach(), sums[-1][1]
+        nats, tokens = group_sums(nll, label(nll.detach(), batch) if group is None else group, batch.loss_mask)
+        backward(cost, nats)
+        sums.append((nats.detach(), tokens))
     return add_up(sums)
 
 
