@@ -127,8 +127,7 @@ class Layout:
     lengths: tuple[int, ...] = ()  # a packed row's documents, in tokens, end to end; () when decoding
     ends: Tensor | None = None  # (documents + 1,) int32, their boundaries, for the variable-length kernel
     sequence: Tensor | None = None  # (B * T,) int64, the cache row of each position; None without a cache
-    caches: tuple | None = None  # per layer (keys, values), each (B, K, S, hd)
-    cache: tuple | None = None  # the one of the layer at work
+    cache: tuple[Tensor, Tensor] | None = None  # keys and values of the layer at work, each (B, K, S, hd)
 
     @classmethod
     def packed(cls, lengths: list[int], device=None) -> "Layout":
@@ -292,13 +291,13 @@ class Llama(nn.Module):
         if self.cfg.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
-        """Hidden states after the last norm, (B, T, D) in the compute dtype, of (B, T) int64 tokens."""
+    def forward(self, tokens: Tensor, layout: Layout, caches: tuple = ()) -> Tensor:
+        """Hidden states after the last norm, (B, T, D) in the compute dtype, of (B, T) int64 tokens; `caches` has one for each layer."""
         angles = layout.positions[..., None].float() * self.cfg.inv_freq(tokens.device)  # (B, T, hd/2)
         cos, sin = (f(angles)[:, None].to(self.compute_dtype) for f in (torch.cos, torch.sin))  # (B, 1, T, hd/2)
         x = self.model.embed_tokens(tokens).to(self.compute_dtype)  # (B, T, D)
-        for block, cache in zip(self.model.layers, layout.caches or repeat(None)):
-            x = block(x, cos, sin, layout if cache is None else replace(layout, cache=cache))
+        for block, cache in zip(self.model.layers, caches or repeat(None)):
+            x = block(x, cos, sin, replace(layout, cache=cache))
         return self.model.norm(x)
 
     @classmethod
@@ -434,8 +433,8 @@ class Llama(nn.Module):
         rows = torch.arange(B)
 
         # The prompts go through as one packed row, which fills the cache; then every sequence grows by a token at a time.
-        layout = replace(Layout.packed(lengths.tolist(), device), sequence=rows.repeat_interleave(lengths).to(device), caches=caches)
-        hidden = self(torch.tensor([sum(prompts, [])], device=device), layout)[0, lengths.cumsum(0) - 1]  # (B, D)
+        layout = replace(Layout.packed(lengths.tolist(), device), sequence=rows.repeat_interleave(lengths).to(device))
+        hidden = self(torch.tensor([sum(prompts, [])], device=device), layout, caches)[0, lengths.cumsum(0) - 1]  # (B, D)
         rows, position = rows.to(device), lengths.to(device)
         ended, new = torch.zeros(B, dtype=torch.bool, device=device), []
         stops = torch.tensor(stop_ids, dtype=torch.int64, device=device)
@@ -445,7 +444,7 @@ class Llama(nn.Module):
             new.append(torch.where(ended, -1, token))
             if ended.all():
                 break
-            hidden = self(token[:, None], Layout(position[:, None], sequence=rows, caches=caches))[:, 0]  # (B, D)
+            hidden = self(token[:, None], Layout(position[:, None], sequence=rows), caches)[:, 0]  # (B, D)
             position = position + 1
         return [[t for t in row if t >= 0] for row in torch.stack(new, 1).tolist()] if new else [[] for _ in prompts]
 
