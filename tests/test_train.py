@@ -260,6 +260,12 @@ def test_the_same_seed_gives_the_same_run_and_micro_batches_change_only_rounding
     assert losses("e", "--grouper", "loss") == pytest.approx(losses("f", "--grouper", "loss", "--micro-batch-tokens", 127), abs=1e-5)
 
 
+def test_the_seed_draws_the_fresh_weights(folder, rows, tmp_path):
+    flags = ("--batch-size", 11, "--max-steps", 1, "--lam-max", 0)  # one batch of all samples: their order does not matter
+    a, b = (metrics(run(folder, rows, "--out", tmp_path / str(seed), "--seed", seed, *flags))[0]["loss"] for seed in (0, 1))
+    assert a != pytest.approx(b, abs=1e-4)
+
+
 def test_lambda_zero_only_watches_the_groups(folder, rows, tmp_path):
     plain = metrics(run(folder, rows, "--out", tmp_path / "plain", "--grouper", "none"))
     watched = metrics(run(folder, rows, "--out", tmp_path / "watched", "--lam-max", 0, "--eta", 0.7))
@@ -597,6 +603,14 @@ def test_the_memory_estimate_is_near_what_backward_keeps(D, F, heads):
     assert hidden.requires_grad
     estimate = train.memory_needed(cfg, 1, T, 2)["activations"]
     assert 0.9 < estimate / sum(kept.values()) < 1.1
+
+    hidden.float().sum().backward()
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.step()
+    states = [s for p in model.parameters() for s in (p, p.grad, *(v for v in optimizer.state[p].values() if v.shape)) if s is not None]
+    held, parameters = sum(s.nbytes for s in states), sum(p.numel() for p in model.parameters())
+    head = model.lm_head.weight.numel()  # it has no gradient here, because no loss was taken
+    assert train.memory_needed(cfg, parameters, T, 2)["weights, gradients, AdamW"] == held + 12 * head
 
 
 # Real data.
