@@ -521,7 +521,10 @@ def read_tensor(path: Path, name: str) -> Tensor:
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     try:
+        path.touch()
+        mode = path.stat().st_mode  # what the umask allows; the library would leave 0600, unreadable for a colleague
         save_file(tensors, path, metadata)
+        path.chmod(mode)
     except SafetensorError as e:
         raise OSError(f"{path}: cannot be written ({e}); is the disk full?") from e
 

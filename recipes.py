@@ -11,7 +11,7 @@ RECIPES = {
         data=str(DEMO / "instructions.jsonl"),
         context=1024,
         batch_size=8,
-        epochs=3,
+        epochs=8,
         lr=1e-3,
         warmup_ratio=0.05,
     ),

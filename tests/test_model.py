@@ -137,6 +137,7 @@ def test_saving_over_older_weights_leaves_none_of_them(tmp_path, tiny):
     tiny.save_pretrained(tmp_path / "x")
     assert Llama.from_pretrained(tmp_path / "x").model.norm.weight[0] == 7
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["config.json", "model.safetensors"]
+    assert (tmp_path / "x" / "model.safetensors").stat().st_mode == (tmp_path / "x" / "config.json").stat().st_mode
 
 
 @pytest.mark.fast
