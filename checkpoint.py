@@ -114,15 +114,17 @@ def plot_losses(out: Path) -> None:
         rows = [json.loads(line) for line in f]
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     curves = {"important": ("important", "tab:red"), "unimportant": ("unimportant", "tab:blue"), "ce": ("all", "black")}
+    if all(row["important"] is None for row in rows):
+        curves = {"ce": ("all", "black")}  # no groups: unimportant is all
     for name, (label, colour) in curves.items():
         points = [(row["step"], row[name]) for row in rows if row[name] is not None]
         if not points:
             continue
         steps, losses = map(np.array, zip(*points))
-        window = max(1, len(points) // 50)  # a running mean over 2 % of the steps; the raw curve behind it
+        window = 2 * (len(points) // 100) + 1  # a running mean over 2 % of the steps, centred; the raw curve behind it
         smooth = np.convolve(losses, np.ones(window) / window, "valid")
         ax.plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
-        ax.plot(steps[window - 1 :], smooth, color=colour, label=label)
+        ax.plot(steps[window // 2 : len(steps) - window // 2], smooth, color=colour, label=label)
     ax.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=out.name)
     ax.grid(alpha=0.3)
     ax.legend()

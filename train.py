@@ -12,6 +12,7 @@ T positions of a micro-batch.
 import argparse
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -20,6 +21,10 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from types import UnionType
+
+# On a CPU oneDNN compiles kernels for every new row length and keeps 1,024 of them, gigabytes; a quarter is no slower (LOG.md).
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "256")
 
 import numpy as np
 import torch
@@ -287,7 +292,7 @@ def print_plan(cfg: Config, corpus: Corpus, important: np.ndarray, llama: LlamaC
         "groups": "none: plain cross-entropy" if cfg.grouper == "none" else groups,
         "steps": f"{per_epoch:,} an epoch of {cfg.batch_size} samples, {steps:,} in all; micro-batches of at most {cfg.micro_batch_tokens:,} tokens",
         "model": f"{cfg.model}: {parameters / 1e6:,.1f}M parameters{' (fresh: the folder has no weights)' if fresh else ''}, computed in {cfg.dtype}",
-        "memory": f"about {sum(memory.values()) / 1e9:.2g} GB: " + ", ".join(f"{what} {n / 1e9:.2g}" for what, n in memory.items()),
+        "memory": f"about {sum(memory.values()) / 1e9:.2g} GB of tensors: " + ", ".join(f"{what} {n / 1e9:.2g}" for what, n in memory.items()),
     }
     for name, text in lines.items():
         print(f"{name:<8}{text}")

@@ -10,8 +10,8 @@ Both start from fresh weights. Each is a run of train.py itself, in a process of
 use, and the peak memory is that model's; the numbers come from the run's metrics.jsonl. A step's seconds hold packing,
 forward, backward, clipping and AdamW. Nothing is kept but --out.
 
-Compare peak memory at equal --steps only: on a CPU, torch caches oneDNN's kernels for each new row length, so it rises for
-some dozens of steps (ONEDNN_PRIMITIVE_CACHE_CAPACITY and LRU_CACHE_CAPACITY bound it).
+Compare peak memory at equal --steps only: on a CPU, torch keeps oneDNN's kernels for each new row length, so it rises for some
+dozens of steps.
 """
 
 import argparse
