@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import data
+import groupers
 import recipes
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +44,23 @@ def test_the_demo_is_whole_and_small():
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(os.listdir(base))
     rows = [json.loads(line) for line in (recipes.DEMO / "instructions.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) >= 200 and len({row["prompt"] for row in rows}) == len(rows)
+
+
+@pytest.mark.fast
+def test_the_readmes_marked_sentence_is_what_tfidf_marks():
+    tokenizer = data.Tokenizer(recipes.DEMO / "base", 4096)
+    corpus = data.load_corpus(recipes.DEMO / "instructions.jsonl", tokenizer, "auto", 1024)
+    important = groupers.label_corpus("tfidf", corpus, 0.8, 0)
+    rows = [json.loads(line) for line in (recipes.DEMO / "instructions.jsonl").read_text(encoding="utf-8").splitlines()]
+    (i,) = [i for i, row in enumerate(rows) if row["prompt"] == "Why should we wash our hands before eating?"]
+    marked = ""
+    for j in range(corpus.starts[i], corpus.starts[i + 1]):
+        piece = tokenizer.backend.decode([int(corpus.ids[j])])
+        if corpus.kind[j] == data.RESPONSE:
+            glue = "·" if piece[0].isalpha() and important[j - 1 : j + 1].any() else ""
+            marked += glue + (" " * piece.startswith(" ") + f"**{piece.strip()}**" if important[j] else piece)
+    quote = " ".join(line.removeprefix(">").strip() for line in README.splitlines() if line.startswith(">"))
+    assert quote.split("Assistant: ")[1].split() == marked.split()
 
 
 @pytest.mark.fast
