@@ -18,7 +18,7 @@ import torch
 from data import Tokenizer
 from model import Llama, read_json, write_json
 
-OURS = ("config.json", "metrics.jsonl", "losses.png", "model", "model.part")  # what --overwrite removes; cached tokens stay valid
+OURS = ("metrics.jsonl", "losses.png", "model", "model.part", "config.json")  # what --overwrite removes, in this order; cached tokens stay
 WHERE_ONLY = ("recipe", "out", "cache", "overwrite", "dry_run")  # settings that do not change what is trained
 
 
@@ -36,10 +36,10 @@ def finished(cfg) -> bool:
         raise ValueError(f"{out}: a file, expected a folder")
     if all(path.name == "cache" for path in out.iterdir()):
         return False
-    try:
-        before = read_json(out / "config.json")["config"]
-    except (ValueError, KeyError):
-        raise ValueError(f"{out}: not empty, and not a run of this program; choose another --out") from None
+    about = read_json(out / "config.json") if (out / "config.json").is_file() else {}
+    before = about.get("config")
+    if about.keys() != {"config", "versions", "git_commit"} or not isinstance(before, dict) or "lam_max" not in before:
+        raise ValueError(f"{out}: not empty, and not a run of this program; choose another --out")
     for flag, path in (("--model", cfg.model), ("--data", cfg.data)):
         if Path(path).resolve().is_relative_to(out.resolve()):
             raise ValueError(f"{out}: {flag} {path} lies in it; choose another --out")
@@ -64,7 +64,7 @@ def claim(cfg) -> Path:
         out = Path(cfg.out)
         out.mkdir(parents=True, exist_ok=True)
         for path in (out / name for name in OURS) if cfg.overwrite else ():
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     else:
         Path("runs").mkdir(exist_ok=True)
         for n in count(1):

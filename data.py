@@ -66,7 +66,9 @@ def read_rows(path: str | Path) -> list[tuple[str, dict]]:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = raw[: e.start].count(b"\n") + 1
-        raise ValueError(f"{path}:{line}: byte 0x{raw[e.start]:02x} is not UTF-8; convert the file: iconv -f latin1 -t utf-8") from e
+        raise ValueError(
+            f"{path}:{line}: byte 0x{raw[e.start]:02x} is not UTF-8; convert the file, for example: iconv -f ENCODING -t utf-8"
+        ) from e
     if text.lstrip().startswith("["):
         try:
             rows = [(f"{path}: item {i}", row) for i, row in enumerate(json.loads(text), 1)]
@@ -79,7 +81,7 @@ def read_rows(path: str | Path) -> list[tuple[str, dict]]:
                 try:
                     rows.append((f"{path}:{number}", json.loads(line)))
                 except (ValueError, RecursionError) as e:
-                    raise ValueError(f"{path}:{number}: not JSON ({fault(e)}); expected one object a line") from e
+                    raise ValueError(f"{path}:{number}: not JSON ({fault(e)}); expected one object a line, or one array") from e
     for where, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: {type(row).__name__}, expected an object")
@@ -98,7 +100,7 @@ def parse(where: str, row: dict) -> tuple[str, Turns]:
         ValueError: no known set of fields, or a field of the wrong type.
     """
 
-    def text(value, name: str) -> str:
+    def string(value, name: str) -> str:
         if not isinstance(value, str):
             raise ValueError(f"{where}: {name} is {type(value).__name__}, expected a string")
         try:
@@ -109,15 +111,16 @@ def parse(where: str, row: dict) -> tuple[str, Turns]:
             ) from e
         return value
 
-    def tagged(turns: list, field: str, role_key: str, text_key: str) -> Turns:
+    def tagged(turns: list, name: str, role_key: str, text_key: str) -> Turns:
         out = []
         for i, turn in enumerate(turns):
-            if not isinstance(turn, dict) or turn.get(role_key) not in [*ROLES] or text_key not in turn:  # a list: any JSON may stand there
+            known = isinstance(turn, dict) and turn.get(role_key) in [*ROLES]  # a list, because any JSON may stand there
+            if not known or text_key not in turn:
                 raise ValueError(
-                    f"{where}: {field}[{i}] is {json.dumps(turn)[:60]}, expected an object with {role_key} "
+                    f"{where}: {name}[{i}] is {json.dumps(turn)[:60]}, expected an object with {role_key} "
                     f"({', '.join(ROLES)}) and {text_key}"
                 )
-            out.append((ROLES[turn[role_key]], text(turn[text_key], f"{field}[{i}].{text_key}")))
+            out.append((ROLES[turn[role_key]], string(turn[text_key], f"{name}[{i}].{text_key}")))
         return out
 
     for name in ("conversations", "messages"):
@@ -129,15 +132,15 @@ def parse(where: str, row: dict) -> tuple[str, Turns]:
                 return "dialogue", tagged(turns, name, "role", "content")
             if isinstance(turns[0], dict):
                 return "dialogue", tagged(turns, name, "from", "value")
-            return "dialogue", [(("user", "assistant")[i % 2], text(t, f"{name}[{i}]")) for i, t in enumerate(turns)]
+            return "dialogue", [(("user", "assistant")[i % 2], string(t, f"{name}[{i}]")) for i, t in enumerate(turns)]
     if "instruction" in row and "output" in row:
-        given = text(row.get("input", ""), "input")
-        turns = [("user", text(row["instruction"], "instruction")), ("input", given), ("assistant", text(row["output"], "output"))]
+        given = string(row.get("input", ""), "input")
+        turns = [("user", string(row["instruction"], "instruction")), ("input", given), ("assistant", string(row["output"], "output"))]
         return "alpaca", [turn for turn in turns if turn != ("input", "")]
     if "prompt" in row and "completion" in row:
-        return "dialogue", [("user", text(row["prompt"], "prompt")), ("assistant", text(row["completion"], "completion"))]
+        return "dialogue", [("user", string(row["prompt"], "prompt")), ("assistant", string(row["completion"], "completion"))]
     if "text" in row:
-        return "text", [("assistant", text(row["text"], "text"))]
+        return "text", [("assistant", string(row["text"], "text"))]
     raise ValueError(
         f"{where}: fields {', '.join(map(repr, row)) or 'none'}; expected conversations (LIMA, ShareGPT), messages, instruction and output "
         "(Alpaca), prompt and completion, or text"
@@ -458,21 +461,23 @@ def require_fit(where: str, found: str, turns: Turns, template: str) -> None:
 
 
 def require_trained_headers(folder: Path, tokenizer: Tokenizer) -> None:
-    """Refuse the llama3 template on a base model: its embedding rows for the headers were never trained (norm far below the median)."""
+    """Refuse the llama3 template on a base model: its embedding rows for the headers are untrained: far shorter than the median, or all alike."""
     files = weight_files(folder)
     if not files:
         return  # fresh weights: every row is untrained alike
     if "model.embed_tokens.weight" not in files:
         raise ValueError(f"{folder}: no model.embed_tokens.weight among the tensors; is this the published (Hub) layout?")
-    norms = read_tensor(files["model.embed_tokens.weight"], "model.embed_tokens.weight").float().norm(dim=1)  # (V,)
-    median = float(norms.median())
-    for token in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"):
-        norm = float(norms[tokenizer.id(token)])
-        if norm < median / 2:
-            raise ValueError(
-                f"{folder}: the embedding of {token} has norm {norm:.3g}, the median row {median:.3g}: this base model never trained it, "
-                "and at fine-tuning's learning rates never will; use --template plain, or an instruction-tuned checkpoint"
-            )
+    rows = read_tensor(files["model.embed_tokens.weight"], "model.embed_tokens.weight").float()  # (V, D)
+    headers = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    found = rows[[tokenizer.id(token) for token in headers]]  # (3, D)
+    norms, median = found.norm(dim=1), float(rows.norm(dim=1).median())
+    alike = float(torch.nn.functional.cosine_similarity(found, found.roll(1, 0)).min())
+    if norms.min() < median / 2 or alike > 0.95:  # a tied head's softmax pushes every row it never meets along one line
+        raise ValueError(
+            f"{folder}: this base model never trained {', '.join(headers)}: their embeddings have norms from {norms.min():.3g} (median row "
+            f"{median:.3g}) and cosines above {alike:.2f} to each other, and at fine-tuning's learning rates they never will be trained; "
+            "use --template plain, or an instruction-tuned checkpoint"
+        )
 
 
 def cut(ids: np.ndarray, kind: np.ndarray, context: int) -> list[tuple[np.ndarray, np.ndarray]]:

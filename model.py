@@ -69,6 +69,10 @@ class LlamaConfig:
             value = raw.get(name)
             if not (type(value) is int and value > 0) and (name in required or value is not None):
                 raise ValueError(f"{source}: {name} is {value!r}, expected a whole number above 0")
+        for name, kind in (("rms_norm_eps", float), ("rope_theta", float), ("initializer_range", float), ("tie_word_embeddings", bool)):
+            value = raw.get(name)
+            if value is not None and not (isinstance(value, bool) if kind is bool else type(value) in (int, float) and value > 0):
+                raise ValueError(f"{source}: {name} is {value!r}, expected {'true or false' if kind is bool else 'a number above 0'}")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise ValueError(f"{source}: rotary settings are {rope!r}, expected an object")
@@ -76,8 +80,9 @@ class LlamaConfig:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3"):
             raise ValueError(f"{source}: rotary scaling is {kind!r}, expected 'default' or 'llama3'")
-        if lost := sorted(LLAMA3_SCALING - rope.keys()) if kind == "llama3" else []:
-            raise ValueError(f"{source}: llama3 rotary scaling without {', '.join(lost)}")
+        numbers = LLAMA3_SCALING if kind == "llama3" else {"rope_theta"} & rope.keys()
+        if wrong := sorted(name for name in numbers if type(rope.get(name)) not in (int, float)):
+            raise ValueError(f"{source}: rotary settings without a number for {', '.join(wrong)}")
         heads = raw["num_attention_heads"]
         optional = ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "initializer_range")
         cfg = cls(
@@ -350,9 +355,7 @@ class Llama(nn.Module):
             )
         extra = files.keys() - wanted.keys() - {"lm_head.weight"}
         if extra := sorted(name for name in extra if not name.endswith("rotary_emb.inv_freq")):
-            raise ValueError(
-                f"{where}: {len(extra)} tensors this Llama does not have ({', '.join(extra[:3])}); does config.json belong to these weights?"
-            )
+            raise ValueError(f"{where}: {len(extra)} tensors this Llama does not have ({', '.join(extra[:3])}); does config.json fit them?")
         for name, path in files.items():
             if name not in wanted and name != "lm_head.weight":
                 continue
@@ -425,7 +428,7 @@ class Llama(nn.Module):
         slots = int(lengths.max()) + max_new_tokens
         if slots > cfg.max_position_embeddings:
             raise ValueError(
-                f"{int(lengths.max())} prompt tokens and {max_new_tokens} new ones exceed the model's {cfg.max_position_embeddings} positions"
+                f"{int(lengths.max())} prompt and {max_new_tokens} new tokens exceed the model's {cfg.max_position_embeddings} positions"
             )
         shape = (B, cfg.num_key_value_heads, slots, cfg.head_dim)
         caches = tuple(tuple(torch.zeros(shape, dtype=self.compute_dtype, device=device) for _ in range(2)) for _ in self.model.layers)
@@ -438,11 +441,11 @@ class Llama(nn.Module):
         rows, position = rows.to(device), lengths.to(device)
         ended, new = torch.zeros(B, dtype=torch.bool, device=device), []
         stops = torch.tensor(stop_ids, dtype=torch.int64, device=device)
-        while len(new) < max_new_tokens:
+        for _ in range(max_new_tokens):
             token = sample(self.lm_head(hidden).float(), temperature, top_p, generator)  # (B,)
             ended |= torch.isin(token, stops)
             new.append(torch.where(ended, -1, token))
-            if ended.all():
+            if ended.all() or len(new) == max_new_tokens:
                 break
             hidden = self(token[:, None], Layout(position[:, None], sequence=rows), caches)[:, 0]  # (B, D)
             position = position + 1
@@ -496,6 +499,8 @@ def weight_files(folder: Path) -> dict[str, Path]:
     single = folder / "model.safetensors"
     if single.is_file():
         with open_safetensors(single) as f:
+            if not f.keys():
+                raise ValueError(f"{single}: holds no tensor; remove it to start from fresh weights")
             return dict.fromkeys(f.keys(), single)
     if shards := sorted(folder.glob("*.safetensors")):
         raise ValueError(f"{folder}: {shards[0].name} but neither model.safetensors nor its index; is the download complete?")

@@ -1,4 +1,4 @@
-"""Fine-tune a Llama with SFT-GO: configuration, step, loop, run folder. The only file that knows ranks and clocks.
+"""Fine-tune a Llama with SFT-GO: configuration, step, plan, loop. The only file that knows ranks and clocks.
 
     python train.py                                   the demo, on a CPU, in about a minute
     python train.py --model FOLDER --data FILE …      your own; `--help` lists every flag
@@ -93,7 +93,7 @@ class Config:
     out: str | None = opt(None, "run folder; not given: the next free runs/<recipe>-<n>", RUN)
     cache: str | None = opt(None, "folder of tokenized data, for runs to share; not given: OUT/cache, or runs/cache without --out", RUN)
     save_dtype: str | None = opt(None, "type of the saved weights; not given: the compute type", RUN, tuple(DTYPES))
-    overwrite: bool = opt(False, "replace the run that --out holds", RUN)
+    overwrite: bool = opt(False, "replace the run that --out holds; nothing but a run of this program", RUN)
     dry_run: bool = opt(False, "print the plan and stop", RUN)
 
     def __post_init__(self):
@@ -111,7 +111,7 @@ class Config:
             (self.context >= 2, f"--context {self.context}: expected at least 2 tokens"),
             (
                 self.micro_batch_tokens >= self.context - 1,
-                f"--micro-batch-tokens {self.micro_batch_tokens} cannot hold a sample of --context {self.context} tokens; lower one or raise the other",
+                f"--micro-batch-tokens {self.micro_batch_tokens} cannot hold a sample of --context {self.context} tokens",
             ),
             (
                 self.batch_size >= 1 and self.epochs >= 1,
@@ -128,6 +128,11 @@ class Config:
             ),
             (self.weight_decay >= 0 and self.clip >= 0, f"--weight-decay {self.weight_decay} --clip {self.clip}: expected neither below 0"),
             (self.seed >= 0, f"--seed {self.seed}: expected 0 or above"),
+            (not self.overwrite or self.out is not None, "--overwrite needs --out: without it every run has a folder of its own"),
+            (
+                all(type(v) is not int or v < 2**31 for v in vars(self).values()),
+                "a whole number of 2^31 or more: no flag takes one so large",
+            ),
             (self.grouper != "none" or self.worst == "max", "--worst important needs important tokens; choose a --grouper"),
         ]
         for holds, message in checks:
@@ -230,9 +235,8 @@ def micro_batch_step(model: Llama, batches: list[Batch], objective: Objective, l
     supervised = torch.stack([batch.loss_mask.sum() for batch in batches])
     sums, losses = [], []
     for batch, share in zip(batches, supervised / supervised.sum()):
-        own = lambda nats, tokens, share=share: share * objective(nats, tokens)  # noqa: E731
-        sums.append(step(model, [batch], own, label))
-        losses.append(own(*sums[-1]))
+        sums.append(step(model, [batch], lambda nats, tokens: share * objective(nats, tokens), label))  # noqa: B023, called at once
+        losses.append(share * objective(*sums[-1]))
     return *add_up(sums), torch.stack(losses).sum()
 
 
@@ -288,11 +292,12 @@ def print_plan(cfg: Config, corpus: Corpus, important: np.ndarray, llama: LlamaC
     lines = {
         "data": f"{cfg.data}: {rows:,} rows, {kept:,} {'pieces' if corpus.template == 'text' else 'samples kept'}"
         + "".join(f"; {n:,} {what}" for what, n in counts.items()),
-        "tokens": f"{len(mask):,}, {mask.mean():.1%} of them supervised; longest sample {corpus.lengths.max():,}; template {corpus.template}",
+        "tokens": f"{len(mask):,}, {mask.mean():.1%} supervised; longest sample {corpus.lengths.max():,}; template {corpus.template}",
         "groups": "none: plain cross-entropy" if cfg.grouper == "none" else groups,
-        "steps": f"{per_epoch:,} an epoch of {cfg.batch_size} samples, {steps:,} in all; micro-batches of at most {cfg.micro_batch_tokens:,} tokens",
-        "model": f"{cfg.model}: {parameters / 1e6:,.1f}M parameters{' (fresh: the folder has no weights)' if fresh else ''}, computed in {cfg.dtype}",
-        "memory": f"about {sum(memory.values()) / 1e9:.2g} GB of tensors: " + ", ".join(f"{what} {n / 1e9:.2g}" for what, n in memory.items()),
+        "steps": f"{per_epoch:,} an epoch of {cfg.batch_size} samples, {steps:,} in all; micro-batches of up to {positions:,} tokens",
+        "model": f"{cfg.model}: {parameters / 1e6:,.1f}M parameters{' (fresh: no weights in the folder)' * fresh}, computed in {cfg.dtype}",
+        "memory": f"about {sum(memory.values()) / 1e9:.2g} GB of tensors: "
+        + ", ".join(f"{what} {n / 1e9:.2g}" for what, n in memory.items()),
     }
     for name, text in lines.items():
         print(f"{name:<8}{text}")
@@ -369,6 +374,8 @@ def train(cfg: Config) -> Path | None:
             if done == 0 or done + 1 == total_steps or (done + 1) % math.ceil(total_steps / 10) == 0:
                 bar.write(log_line(row, total_steps))
 
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise ValueError(f"{out}: the last update left weights that are not finite; no model written. Lower --lr")
     checkpoint.export(model, tokenizer, corpus.template, DTYPES[cfg.save_dtype or cfg.dtype], out)
     checkpoint.plot_losses(out)
     print(f"wrote   {', '.join(sorted(p.name for p in out.iterdir() if p.name != 'cache'))} in {out}")

@@ -214,7 +214,7 @@ def test_llama3_is_refused_where_its_tokens_were_never_trained(tmp_path, tokeniz
         with torch.no_grad():
             model.model.embed_tokens.weight[tokenizer.id(token)] *= 0.01
         model.save_pretrained(tmp_path / token)
-        with pytest.raises(ValueError, match=rf"embedding of {token.replace('|', '.')} has norm .* --template plain"):
+        with pytest.raises(ValueError, match="this base model never trained .* --template plain"):
             data.require_trained_headers(tmp_path / token, tokenizer)
     write(folder / "model.safetensors", save({"tok_embeddings.weight": np.zeros((VOCAB, 32))}))  # Meta's layout
     with pytest.raises(ValueError, match="model.embed_tokens.weight"):

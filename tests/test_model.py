@@ -222,6 +222,23 @@ def test_stories260k_writes_the_text_that_llama2c_pins(tmp_path):
     assert stories260k.decode(out) == stories260k.PINNED
 
 
+@pytest.mark.fast
+def test_bf16_gradients_are_the_fp32_ones_but_for_rounding_also_far_into_a_document(tmp_path):
+    folder_of(tmp_path, max_position_embeddings=1024, initializer_range=0.1)
+    tokens = torch.randint(97, (900,), generator=torch.Generator().manual_seed(0))
+
+    def run(dtype):
+        model = Llama.from_pretrained(tmp_path, seed=3, compute_dtype=dtype)
+        out = logits(model, tokens).float()
+        torch.nn.functional.cross_entropy(out[:-1], tokens[1:]).backward()
+        return out.detach(), {n: p.grad for n, p in model.named_parameters()}
+
+    (full, exact), (half, rounded) = run(torch.float32), run(torch.bfloat16)
+    assert (full[600:] - half[600:]).norm() < 0.05 * full[600:].norm()
+    for name, grad in exact.items():
+        assert (grad - rounded[name]).norm() < 0.1 * grad.norm(), name
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the variable-length attention kernel")
 def test_the_gpu_kernel_agrees_with_the_document_loop(tmp_path):
@@ -288,6 +305,11 @@ BROKEN = {
     "biases": (_edit_config(attention_bias=True), "attention_bias is True"),
     "yarn": (_edit_config(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rotary scaling is 'yarn'"),
     "heads": (_edit_config(num_key_value_heads=4), "6 query heads, 4 key/value heads of width 8: expected query heads in equal groups"),
+    "eps as text": (_edit_config(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5', expected a number above 0"),
+    "theta as text": (_edit_config(rope_theta="x"), r"config\.json: rope_theta is 'x'"),
+    "tied as text": (_edit_config(tie_word_embeddings="false"), "tie_word_embeddings is 'false', expected true or false"),
+    "factor as text": (_edit_config(rope_scaling={**LLAMA3_SCALING, "factor": "8"}), "without a number for factor"),
+    "no tensor": (lambda f: save_file({}, f / "model.safetensors"), "holds no tensor"),
     "odd width": (_edit_config(head_dim=7), "an even width"),
     "no heads": (_edit_config(num_attention_heads=0), "num_attention_heads is 0, expected a whole number above 0"),
     "width as text": (_edit_config(hidden_size="48"), "hidden_size is '48', expected a whole number"),
@@ -296,7 +318,7 @@ BROKEN = {
     "rotary a word": (_edit_config(rope_scaling="llama3"), "rotary settings are 'llama3', expected an object"),
     "rotary half told": (
         _edit_config(rope_scaling={"rope_type": "llama3", "factor": 8.0}),
-        "llama3 rotary scaling without high_freq_factor, low_freq",
+        "without a number for high_freq_factor, low_freq",
     ),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json: not readable as JSON"),

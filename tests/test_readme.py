@@ -47,6 +47,13 @@ def test_the_demo_is_whole_and_small():
 
 
 @pytest.mark.fast
+def test_the_demos_base_is_refused_the_llama3_template():
+    tokenizer = data.Tokenizer(recipes.DEMO / "base", 4096)
+    with pytest.raises(ValueError, match="this base model never trained .*use --template plain"):
+        data.require_trained_headers(recipes.DEMO / "base", tokenizer)
+
+
+@pytest.mark.fast
 def test_the_readmes_marked_sentence_is_what_tfidf_marks():
     tokenizer = data.Tokenizer(recipes.DEMO / "base", 4096)
     corpus = data.load_corpus(recipes.DEMO / "instructions.jsonl", tokenizer, "auto", 1024)

@@ -260,6 +260,18 @@ def test_the_same_seed_gives_the_same_run_and_micro_batches_change_only_rounding
     assert losses("e", "--grouper", "loss") == pytest.approx(losses("f", "--grouper", "loss", "--micro-batch-tokens", 127), abs=1e-5)
 
 
+def test_the_seed_orders_the_samples_and_draws_the_random_groups(folder, rows, tmp_path):
+    Llama.from_pretrained(folder).save_pretrained(folder)  # the same weights for every seed
+
+    def first(name, *flags):
+        return metrics(run(folder, rows, "--out", tmp_path / name, "--max-steps", 1, *flags))[0]
+
+    assert first("a", "--seed", 0)["ce"] != pytest.approx(first("b", "--seed", 1)["ce"], abs=1e-5)
+    whole = ("--batch-size", 11, "--grouper", "random", "--eta", 0.5)
+    a, b = (first(f"random{seed}", "--seed", seed, *whole) for seed in (0, 1))
+    assert a["ce"] == pytest.approx(b["ce"], abs=1e-6) and a["important"] != pytest.approx(b["important"], abs=1e-5)
+
+
 def test_the_seed_draws_the_fresh_weights(folder, rows, tmp_path):
     flags = ("--batch-size", 11, "--max-steps", 1, "--lam-max", 0)  # one batch of all samples: their order does not matter
     a, b = (metrics(run(folder, rows, "--out", tmp_path / str(seed), "--seed", seed, *flags))[0]["loss"] for seed in (0, 1))
@@ -299,7 +311,7 @@ EFFECTS = {  # each flag, against a run without it: what of the log or of the we
     "--betas 0.5 0.6": "weights",
     "--eps 0.1": "weights",
     "--clip 0.01": "weights",
-    "--seed 1": "first loss",
+    "--clip 0": "weights",
     "--context 24": "first loss",
     "--batch-size 3": "first loss",
     "--template llama3": "first loss",
@@ -357,13 +369,16 @@ def test_plain_sft_pays_for_one_forward(folder, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "print_sample", lambda *a: None)
     flags = ("--micro-batch-tokens", 127, "--max-steps", 1, "--batch-size", 11)
     run(folder, rows, "--out", tmp_path / "a", "--grouper", "none", *flags)
-    assert len(calls) > 1 and all(calls)
-    run(folder, rows, "--out", tmp_path / "b", *flags)
-    assert len(calls) == 3 * calls.count(False) + calls.index(False) - calls.count(False)
+    pieces = len(calls)
+    run(folder, rows, "--out", tmp_path / "b", "--lam-max", 0, *flags)
+    assert pieces > 1 and calls == 2 * pieces * [True]
+    run(folder, rows, "--out", tmp_path / "c", *flags)
+    assert calls[2 * pieces :] == pieces * [False] + pieces * [True]
 
 
 def test_max_steps_and_drop_last_set_the_number_of_steps(folder, rows, tmp_path):
     assert len(metrics(run(folder, rows, "--out", tmp_path / "a", "--max-steps", 2))) == 2
+    assert len(metrics(run(folder, rows, "--out", tmp_path / "c", "--max-steps", 100))) == 6
     log = metrics(run(folder, rows, "--out", tmp_path / "b", "--drop-last"))
     assert [row["epoch"] for row in log] == [0, 0, 1, 1], "11 samples in batches of 4 without the last 3"
     assert log[-1]["lr"] > 0
@@ -377,8 +392,18 @@ def test_dry_run_prints_the_plan_before_it_loads_a_weight_and_writes_nothing(fol
     said = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert list(said) == ["data", "tokens", "groups", "steps", "model", "memory"]
     assert said["data"].endswith("rows.jsonl: 11 rows, 11 samples kept") and said["steps"].startswith("3 an epoch of 4 samples, 6 in all;")
-    assert said["groups"].startswith("tfidf, η 0.9: ") and "M parameters (fresh: the folder has no weights)" in said["model"]
+    assert said["groups"].startswith("tfidf, η 0.9: ") and "M parameters (fresh: no weights in the folder)" in said["model"]
     assert sorted(tmp_path.rglob("*")) == before
+    cfg = LlamaConfig.from_folder(folder)
+    corpus = data.load_corpus(rows, data.Tokenizer(folder, cfg.vocab_size), "plain", 128)
+    important = groupers.label_corpus("tfidf", corpus, 0.9, 0)
+    assert f" {important.sum() / corpus.loss_mask.sum():.1%} of the supervised tokens important" in said["groups"]
+    positions = sum(sorted(corpus.lengths - 1)[-4:])  # the longest batch, which fits into one micro-batch
+    assert f"micro-batches of up to {positions} tokens" in said["steps"]
+    parameters = sum(p.numel() for p in Llama(cfg).parameters())
+    needed = train.memory_needed(cfg, parameters, int(positions), 4)
+    assert said["memory"].startswith(f"about {sum(needed.values()) / 1e9:.2g} GB of tensors: weights, gradients, AdamW {needed['weights, gradients, AdamW'] / 1e9:.2g}")
+    assert needed["logits"] == cfg.vocab_size * (positions * (4 + 2 * 4) + (4 + 2 * 4) * cfg.hidden_size)
 
 
 def test_plain_text_trains_and_gives_its_own_sample(folder, tmp_path, capsys):
@@ -408,10 +433,14 @@ def test_a_finished_run_says_so_and_any_other_folder_is_refused(folder, rows, tm
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("years of work")
-    for flags in ([], ["--overwrite"]):
-        with pytest.raises(ValueError, match="not a run of this program"):
-            run(folder, rows, "--out", foreign, *flags)
-    assert [p.name for p in foreign.iterdir()] == ["thesis.txt"]
+    (foreign / "model").mkdir()
+    for theirs in (None, "{}", '{"config": "x"}', '{"config": {"lr": 1}}', '["config"]', "not JSON"):
+        if theirs is not None:
+            (foreign / "config.json").write_text(theirs)
+        for flags in ([], ["--overwrite"]):
+            with pytest.raises(ValueError, match="not a run of this program|expected an object|not readable as JSON"):
+                run(folder, rows, "--out", foreign, *flags)
+    assert sorted(p.name for p in foreign.iterdir()) == ["config.json", "model", "thesis.txt"]
     with pytest.raises(ValueError, match="a file, expected a folder"):
         run(folder, rows, "--out", foreign / "thesis.txt")
 
@@ -426,6 +455,21 @@ def test_a_run_never_removes_the_model_or_data_it_reads(folder, rows, tmp_path):
         run(folder, out / "rows.jsonl", "--out", out, "--overwrite")
     assert sorted(out.rglob("*")) == sorted([*before, out / "rows.jsonl"])
     assert len(metrics(run(out / "model", rows, "--out", tmp_path / "next", "--max-steps", 2))) == 2
+
+
+def test_overwrite_follows_no_link(folder, rows, tmp_path):
+    out = run(folder, rows, "--out", tmp_path / "out", "--max-steps", 1)
+    (out / "model").rename(tmp_path / "elsewhere")
+    (out / "model").symlink_to(tmp_path / "elsewhere")
+    before = (tmp_path / "elsewhere" / "model.safetensors").read_bytes()
+    run(folder, rows, "--out", out, "--max-steps", 1, "--overwrite", "--lr", 1)
+    assert (tmp_path / "elsewhere" / "model.safetensors").read_bytes() == before and not (out / "model").is_symlink()
+
+
+def test_weights_that_end_up_not_finite_are_not_saved(folder, rows, tmp_path):
+    with pytest.raises(ValueError, match="the last update left weights that are not finite; no model written"):
+        run(folder, rows, "--out", tmp_path / "out", "--lr", "1e39", "--max-steps", 1)
+    assert not (tmp_path / "out" / "model").exists()
 
 
 def test_of_two_runs_that_start_on_one_folder_the_second_is_refused(folder, rows, tmp_path):
@@ -488,6 +532,8 @@ MISTAKES = {
     "warm-up": (["--warmup-ratio", "1"], r"ratio in \[0, 1\)"),
     "betas": (["--betas", "0.9", "1"], "expected betas"),
     "worst": (["--grouper", "none", "--worst", "important"], "needs important tokens"),
+    "too large": (["--micro-batch-tokens", "99999999999999999999"], "whole number of 2.31 or more"),
+    "too large a seed": (["--seed", str(2**64)], "whole number of 2.31 or more"),
     "unknown grouper": (["--grouper", "tfdif"], "invalid choice: 'tfdif'"),
     "unknown flag": (["--etaa", "0.9"], "unrecognized arguments: --etaa"),
     "not a number": (["--epochs", "many"], "invalid int value"),
@@ -510,6 +556,11 @@ def test_a_mistake_gets_one_line_and_leaves_nothing_behind(folder, rows, tmp_pat
     assert re.search(message, said), said
     assert "Traceback" not in said and (code == 2 or "\n" not in said)
     assert not out.exists() or [path.name for path in out.iterdir()] == ["cache"]
+
+
+@pytest.mark.fast
+def test_overwrite_without_out_is_an_error(capsys, monkeypatch):
+    assert "--overwrite needs --out" in said_by_main(capsys, monkeypatch, "--overwrite")[1]
 
 
 @pytest.mark.fast
