@@ -47,6 +47,12 @@ def test_the_demo_is_whole_and_small():
 
 
 @pytest.mark.fast
+def test_the_readmes_plan_is_the_one_that_is_printed():
+    done = subprocess.run([sys.executable, "train.py", "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "".join(f"    {line}\n" for line in done.stdout.splitlines()) in README
+
+
+@pytest.mark.fast
 def test_the_demos_base_is_refused_the_llama3_template():
     tokenizer = data.Tokenizer(recipes.DEMO / "base", 4096)
     with pytest.raises(ValueError, match="this base model never trained .*use --template plain"):
