@@ -48,8 +48,8 @@ def finished(cfg) -> bool:
     elsewhere = "choose another --out, or --overwrite"
     now = json.loads(json.dumps(asdict(cfg)))
     if changed := [name for name in now if name not in WHERE_ONLY and before.get(name) != now[name]]:
-        name = changed[0]
-        raise ValueError(f"{out}: holds a run with another {', '.join(changed)} ({name} {before.get(name)}, now {now[name]}); {elsewhere}")
+        names, name = ", ".join(changed[:3]) + ", …" * (len(changed) > 3), changed[0]
+        raise ValueError(f"{out}: holds a run with another {names} ({name} {before.get(name)}, now {now[name]}); {elsewhere}")
     if not (out / "model").is_dir():
         raise ValueError(f"{out}: holds an unfinished run of this configuration; {elsewhere}")
     return True
@@ -126,6 +126,7 @@ def plot_losses(out: Path) -> None:
         ax.plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
         ax.plot(steps[window // 2 : len(steps) - window // 2], smooth, color=colour, label=label)
     ax.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=out.name)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)
     ax.legend()
     fig.savefig(out / "losses.png", dpi=120)

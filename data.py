@@ -461,7 +461,7 @@ def require_fit(where: str, found: str, turns: Turns, template: str) -> None:
 
 
 def require_trained_headers(folder: Path, tokenizer: Tokenizer) -> None:
-    """Refuse the llama3 template on a base model: its embedding rows for the headers are untrained: far shorter than the median, or all alike."""
+    """Refuse the llama3 template on a base model, whose embedding rows for the headers are far shorter than the median, or all alike."""
     files = weight_files(folder)
     if not files:
         return  # fresh weights: every row is untrained alike

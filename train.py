@@ -68,7 +68,7 @@ class Config:
         8192, "most tokens in one forward pass: memory and speed; the result only under --scope micro_batch", DATA
     )
     epochs: int = opt(15, "passes over the data", DATA)
-    max_steps: int | None = opt(None, "stop after this many optimizer steps", DATA)
+    max_steps: int | None = opt(None, "end after this many optimizer steps, and the schedules with it", DATA)
     drop_last: bool = opt(False, "skip an epoch's last, short batch", DATA)
 
     grouper: str = opt("tfidf", "who decides which tokens are important", METHOD, groupers.GROUPERS)
@@ -111,7 +111,7 @@ class Config:
             (self.context >= 2, f"--context {self.context}: expected at least 2 tokens"),
             (
                 self.micro_batch_tokens >= self.context - 1,
-                f"--micro-batch-tokens {self.micro_batch_tokens} cannot hold a sample of --context {self.context} tokens",
+                f"--micro-batch-tokens {self.micro_batch_tokens} cannot hold --context {self.context}: lower --context, or raise it",
             ),
             (
                 self.batch_size >= 1 and self.epochs >= 1,
@@ -294,7 +294,7 @@ def print_plan(cfg: Config, corpus: Corpus, important: np.ndarray, llama: LlamaC
         + "".join(f"; {n:,} {what}" for what, n in counts.items()),
         "tokens": f"{len(mask):,}, {mask.mean():.1%} supervised; longest sample {corpus.lengths.max():,}; template {corpus.template}",
         "groups": "none: plain cross-entropy" if cfg.grouper == "none" else groups,
-        "steps": f"{per_epoch:,} an epoch of {cfg.batch_size} samples, {steps:,} in all; micro-batches of up to {positions:,} tokens",
+        "steps": f"{per_epoch:,} an epoch, {cfg.batch_size} samples each; {steps:,} in all; micro-batches of up to {positions:,} tokens",
         "model": f"{cfg.model}: {parameters / 1e6:,.1f}M parameters{' (fresh: no weights in the folder)' * fresh}, computed in {cfg.dtype}",
         "memory": f"about {sum(memory.values()) / 1e9:.2g} GB of tensors: "
         + ", ".join(f"{what} {n / 1e9:.2g}" for what, n in memory.items()),
@@ -331,7 +331,7 @@ def train(cfg: Config) -> Path | None:
     tokenizer = Tokenizer(folder, llama.vocab_size)
     if cfg.template == "llama3":
         data.require_trained_headers(folder, tokenizer)
-    if checkpoint.finished(cfg):
+    if not cfg.dry_run and checkpoint.finished(cfg):
         print(f"{cfg.out}: this run is already finished; nothing to do")
         return Path(cfg.out)
 
@@ -457,9 +457,7 @@ def main() -> None:
     except RuntimeError as e:
         if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):
             raise
-        sys.exit(
-            f"error: out of memory ({str(e).splitlines()[0]}); lower --micro-batch-tokens or --context, or compare the plan with the machine"
-        )
+        sys.exit(f"error: out of memory ({str(e).splitlines()[0]}); lower --micro-batch-tokens or --context")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 

@@ -1,6 +1,6 @@
 """Time one fixed training workload on this machine's CPU: two Llamas, LIMA, SFT-GO with TF-IDF groups, whole optimizer steps.
 
-    python bench/train_cpu.py                        a few minutes on two cores
+    python bench/train_cpu.py                        a minute on two cores
     python bench/train_cpu.py --out numbers.json     the same numbers, to keep
 
     small     demo/base's shape

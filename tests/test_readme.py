@@ -33,7 +33,9 @@ def test_the_readmes_first_command_works_and_works_twice(tmp_path):
     assert finals[0] == finals[1]
 
     (code,) = re.findall(r"```python\n(.+?)```", README, re.S)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     assert done.returncode == 0 and len(done.stdout.split()) > 3, done.stderr
 
 

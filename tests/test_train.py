@@ -193,7 +193,12 @@ def test_learning_rate_warms_up_from_above_zero_and_goes_to_zero():
     assert rates[3:] == sorted(rates[3:], reverse=True) and rates[-1] == pytest.approx((1 + math.cos(math.pi * 6 / 7)) / 2)
     assert [train.lr_at(t, 4, 2.0, "linear", 0.0) for t in range(4)] == [2.0, 1.5, 1.0, 0.5]
     assert {train.lr_at(t, 4, 2.0, "constant", 0.0) for t in range(4)} == {2.0}
-    assert train.lr_at(6, 100, 1.0, "cosine", 0.07) == train.lr_at(7, 100, 1.0, "cosine", 0.07) == 1.0 > train.lr_at(5, 100, 1.0, "cosine", 0.07)
+    assert (
+        train.lr_at(6, 100, 1.0, "cosine", 0.07)
+        == train.lr_at(7, 100, 1.0, "cosine", 0.07)
+        == 1.0
+        > train.lr_at(5, 100, 1.0, "cosine", 0.07)
+    )
 
 
 @pytest.mark.fast
@@ -348,7 +353,24 @@ def test_a_flag_changes_what_it_says(unchanged, tmp_path, flag):
 
 def test_worst_important_trains_the_important_group_whichever_is_higher(folder, rows, tmp_path):
     for worst in ("important", "max"):
-        log = metrics(run(folder, rows, "--out", tmp_path / worst, "--grouper", "random", "--eta", 0.5, "--lam-max", 1, "--epochs", 8, "--worst", worst))
+        log = metrics(
+            run(
+                folder,
+                rows,
+                "--out",
+                tmp_path / worst,
+                "--grouper",
+                "random",
+                "--eta",
+                0.5,
+                "--lam-max",
+                1,
+                "--epochs",
+                8,
+                "--worst",
+                worst,
+            )
+        )
         assert {row["worst"] for row in log} == {"important", "unimportant"}
         assert all(row["loss"] == pytest.approx(row["important" if worst == "important" else row["worst"]]) for row in log)
 
@@ -391,7 +413,9 @@ def test_dry_run_prints_the_plan_before_it_loads_a_weight_and_writes_nothing(fol
     assert run(folder, rows, "--dry-run") is None
     said = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert list(said) == ["data", "tokens", "groups", "steps", "model", "memory"]
-    assert said["data"].endswith("rows.jsonl: 11 rows, 11 samples kept") and said["steps"].startswith("3 an epoch of 4 samples, 6 in all;")
+    assert said["data"].endswith("rows.jsonl: 11 rows, 11 samples kept") and said["steps"].startswith(
+        "3 an epoch, 4 samples each; 6 in all;"
+    )
     assert said["groups"].startswith("tfidf, η 0.9: ") and "M parameters (fresh: no weights in the folder)" in said["model"]
     assert sorted(tmp_path.rglob("*")) == before
     cfg = LlamaConfig.from_folder(folder)
@@ -402,7 +426,9 @@ def test_dry_run_prints_the_plan_before_it_loads_a_weight_and_writes_nothing(fol
     assert f"micro-batches of up to {positions} tokens" in said["steps"]
     parameters = sum(p.numel() for p in Llama(cfg).parameters())
     needed = train.memory_needed(cfg, parameters, int(positions), 4)
-    assert said["memory"].startswith(f"about {sum(needed.values()) / 1e9:.2g} GB of tensors: weights, gradients, AdamW {needed['weights, gradients, AdamW'] / 1e9:.2g}")
+    assert said["memory"].startswith(
+        f"about {sum(needed.values()) / 1e9:.2g} GB of tensors: weights, gradients, AdamW {needed['weights, gradients, AdamW'] / 1e9:.2g}"
+    )
     assert needed["logits"] == cfg.vocab_size * (positions * (4 + 2 * 4) + (4 + 2 * 4) * cfg.hidden_size)
 
 
@@ -526,7 +552,10 @@ MISTAKES = {
     "lambda": (["--lam-max", "0.5", "--lam-min", "0.9"], "expected 0 <= lam_min <= lam_max <= 1"),
     "lambda above one": (["--lam-max", "1.5"], "lam_max <= 1"),
     "context": (["--context", "999999", "--micro-batch-tokens", "999999"], "has 4096 positions"),
-    "micro-batch": (["--micro-batch-tokens", "64"], "--micro-batch-tokens 64 cannot hold a sample of --context 128"),
+    "micro-batch": (
+        ["--micro-batch-tokens", "64"],
+        "--micro-batch-tokens 64 cannot hold --context 128: lower --context, or raise it",
+    ),
     "batch size": (["--batch-size", "0"], "expected at least 1"),
     "lr": (["--lr", "0"], "expected lr > 0"),
     "warm-up": (["--warmup-ratio", "1"], r"ratio in \[0, 1\)"),
