@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import stories260k
@@ -103,6 +104,14 @@ def test_a_packed_document_equals_itself_alone_and_no_neighbour_changes_a_bit(ti
     again = logits(tiny, others, lengths).split(lengths)
     assert torch.equal(again[2], packed[2])
     assert not torch.equal(again[3], packed[3])
+
+
+@pytest.mark.fast
+def test_only_the_distance_between_positions_matters_also_far_out(tiny):
+    tokens, layout = torch.arange(50)[None], Layout.packed([50])
+    far = replace(layout, positions=layout.positions + 701)
+    assert (tiny(tokens, layout) - tiny(tokens, far)).abs().max() <= 1e-3
+    assert (tiny(tokens, layout) - tiny(tokens, replace(layout, positions=2 * layout.positions))).abs().max() > 0.1
 
 
 @pytest.mark.fast

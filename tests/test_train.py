@@ -351,6 +351,12 @@ def test_a_flag_changes_what_it_says(unchanged, tmp_path, flag):
         assert other_losses[0] != pytest.approx(losses[0], abs=1e-5) or flag == "--lam-min 0" and other_losses[-1] != losses[-1]
 
 
+def test_clip_0_clips_nothing(unchanged, tmp_path):
+    here, *_ = unchanged
+    free, wide = (losses_and_weights(here / "tiny", here / "rows.jsonl", tmp_path / c, "--clip", c) for c in ("0", "1e9"))
+    assert free[0] == wide[0] and torch.equal(free[1], wide[1])
+
+
 def test_worst_important_trains_the_important_group_whichever_is_higher(folder, rows, tmp_path):
     for worst in ("important", "max"):
         log = metrics(
