@@ -17,13 +17,14 @@ T positions of a packed row, N samples.
 import gzip
 import hashlib
 import json
-import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import tokenizers
@@ -32,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from model import Layout, read_json, read_tensor, weight_files, write_json, write_safetensors
+from model import Layout, download, read_json, read_tensor, weight_files, write_json, write_safetensors
 
 TEMPLATE, PROMPT, RESPONSE, END, SPECIAL = range(5)  # what a piece of text is; SPECIAL is stored as TEMPLATE
 TOKENIZED = (TEMPLATE, PROMPT, RESPONSE)  # the others are one token each, given by name
@@ -41,6 +42,17 @@ Pieces = Iterator[tuple[int, str]]  # (kind, text)
 
 
 # Rows.
+
+
+def data_file(name: str) -> Path:
+    """The local file behind `--data`: a path as it is, or hf://datasets/ORGANISATION/NAME/FILE, downloaded from the Hub."""
+    if not name.startswith("hf://"):
+        return Path(name)
+    kind, organisation, repository, *path = f"{name[5:]}///".split("/", 3)
+    file = "".join(path).rstrip("/")
+    if kind != "datasets" or not file:
+        raise ValueError(f"{name}: a file on the Hub has the form hf://datasets/ORGANISATION/NAME/FILE")
+    return download(f"{organisation}/{repository}", [file], f"{file} --repo-type dataset", "dataset") / file
 
 
 def fault(e: Exception) -> str:
@@ -282,7 +294,7 @@ class Tokenizer:
 
     def prompt(self, template: str, turns: Turns) -> list[int]:
         """Token ids of a conversation whose last turn, (“assistant”, None), is to be generated."""
-        ids, _ = next(tokenize([list(TEMPLATES[template](turns))], self))
+        ids, *_ = next(tokenize([list(TEMPLATES[template](turns))], self))
         return ids.tolist()
 
     def decode(self, ids: list[int]) -> str:
@@ -305,23 +317,36 @@ class Tokenizer:
         write_json(folder / "generation_config.json", {"bos_token_id": self.bos, "eos_token_id": self.stop_ids(template)})
 
 
-def tokenize(documents: list[list[tuple[int, str]]], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rendered documents -> (ids int32, kind uint8) of each, with its BOS; the tokenizer runs on all cores."""
+Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]  # (ids int32, kind uint8, spans (n, 2) int64) of one document
+
+
+def tokenize(documents: list[list[tuple[int, str]]], tokenizer: Tokenizer) -> Iterator[Tokens]:
+    """Rendered documents -> the tokens of each, with its BOS; the tokenizer runs on all cores.
+
+    Spans are characters of the document's text (`written`), first and one past the last; a begin or end token's is empty.
+    """
     documents = [list(segments(pieces)) for pieces in documents]
-    strings = ["".join(piece for _, piece in segment) for document in documents for segment in document if segment[0][0] in TOKENIZED]
+    strings = [written(segment) for document in documents for segment in document if segment[0][0] in TOKENIZED]
     encodings = iter(tokenizer.backend.encode_batch(strings, add_special_tokens=False))
     for document in documents:
-        parts = [([tokenizer.bos], TEMPLATE)]
+        parts, at = [([tokenizer.bos], TEMPLATE, np.zeros((1, 2), np.int64))], 0
         for segment in document:
             kind, piece = segment[0]
-            if kind == RESPONSE:
-                parts.append((next(encodings).ids, RESPONSE))
-            elif kind in TOKENIZED:
-                parts.append(label_prompt(next(encodings), segment))
+            if kind in TOKENIZED:
+                encoding = next(encodings)
+                spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+                parts.append((encoding.ids, RESPONSE if kind == RESPONSE else prompt_kinds(spans, segment), at + spans))
+                at += len(written(segment))
             else:
-                parts.append(([tokenizer.id(piece)], END if kind == END else TEMPLATE))
-        ids = np.concatenate([np.asarray(ids, np.int32) for ids, _ in parts])
-        yield ids, np.concatenate([np.broadcast_to(np.asarray(kind, np.uint8), len(ids)) for ids, kind in parts])
+                parts.append(([tokenizer.id(piece)], END if kind == END else TEMPLATE, np.full((1, 2), at)))
+        ids, kinds, spans = zip(*parts)
+        kinds = [np.broadcast_to(np.asarray(kind, np.uint8), len(i)) for kind, i in zip(kinds, ids)]
+        yield np.concatenate([np.asarray(i, np.int32) for i in ids]), np.concatenate(kinds), np.concatenate(spans)
+
+
+def written(pieces: list[tuple[int, str]]) -> str:
+    """What a tokenizer reads of rendered pieces: all but the tokens given by name."""
+    return "".join(piece for kind, piece in pieces if kind in TOKENIZED)
 
 
 def segments(pieces: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
@@ -330,10 +355,10 @@ def segments(pieces: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
         yield from [list(run)] if is_prompt else ([piece] for piece in run)
 
 
-def label_prompt(encoding: tokenizers.Encoding, pieces: list[tuple[int, str]]) -> tuple[list[int], np.ndarray]:
-    """(ids, kind) of one prompt string: tokens that hold any character of the row's text are PROMPT, the others TEMPLATE."""
-    kind = np.full(len(encoding.ids), TEMPLATE, np.uint8)
-    begin, stop = np.array(encoding.offsets, np.int64).reshape(-1, 2).T  # characters; all bytes of one share its offsets
+def prompt_kinds(spans: np.ndarray, pieces: list[tuple[int, str]]) -> np.ndarray:
+    """Kinds of one prompt string's tokens: those that hold any character of the row's text are PROMPT, the others TEMPLATE."""
+    kind = np.full(len(spans), TEMPLATE, np.uint8)
+    begin, stop = spans.T  # all bytes of one character share its span
     start = 0
     for piece_kind, piece in pieces:
         end = start + len(piece)
@@ -342,7 +367,7 @@ def label_prompt(encoding: tokenizers.Encoding, pieces: list[tuple[int, str]]) -
             if len(inside):
                 kind[inside[0] : inside[-1] + 1] = PROMPT
         start = end
-    return encoding.ids, kind
+    return kind
 
 
 @dataclass
@@ -354,6 +379,9 @@ class Corpus:
     starts: np.ndarray  # (N + 1,) int64, sample i is starts[i]:starts[i + 1]
     template: str
     counts: dict[str, int] = field(default_factory=dict)  # "rows", "kept", and a line for each thing that befell some
+    text: str = ""  # what the tokenizer read, document after document
+    spans: np.ndarray | None = None  # (tokens, 2) int64, each token's characters in `text`, first and one past the last
+    rows: np.ndarray | None = None  # (N,) int64, the row of the file that each sample is from, counted from 1
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -366,6 +394,18 @@ class Corpus:
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.starts)
+
+    def take(self, samples: np.ndarray) -> "Corpus":
+        """A corpus of these samples alone."""
+        lengths = self.lengths[samples]
+        at = ragged(self.starts[samples], lengths)
+        per_token = {name: getattr(self, name)[at] for name in ("ids", "kind", "spans")}
+        return replace(self, **per_token, starts=np.cumsum([0, *lengths]), rows=self.rows[samples])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the text and its tokens."""
+        return digest({name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}, self.text)
 
     @property
     def doc_ids(self) -> np.ndarray:
@@ -380,25 +420,60 @@ def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: 
         ValueError: naming file and line; also when no row is usable.
     """
     path = Path(path)
-    if cache is None or not path.is_file():
-        return build_corpus(path, tokenizer, template, context)
+
+    def make() -> tuple[dict[str, np.ndarray], dict]:
+        corpus = build_corpus(path, tokenizer, template, context)
+        arrays = {name: getattr(corpus, name) for name in ("ids", "kind", "starts", "spans", "rows")}
+        return arrays | {"text": np.frombuffer(corpus.text.encode(), np.uint8)}, {"template": corpus.template, "counts": corpus.counts}
+
+    if not path.is_file():
+        make()  # which says what is wrong
     digests = [hashlib.sha256(raw).hexdigest() for raw in (path.read_bytes(), tokenizer.raw, Path(__file__).read_bytes())]
-    key = json.dumps([*digests, tokenizer.bos, tokenizer.end, template, context])  # this file too: it holds the templates
-    stored = cache / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
-    names = ("ids", "kind", "starts")
-    if stored.is_file():
+    key = [*digests, tokenizer.bos, tokenizer.end, template, context]  # this file too: it holds the templates
+    arrays, about = cached(cache, "tokens", key, make)
+    return Corpus(**arrays | {"text": arrays["text"].tobytes().decode()}, **about)
+
+
+Arrays = dict[str, np.ndarray]
+
+
+def cached(folder: Path | None, kind: str, key: list, make: Callable[[], tuple[Arrays, dict]]) -> tuple[Arrays, dict]:
+    """make(), arrays and facts about them, or what an earlier run left of it in `folder` under the same key.
+
+    An entry that is damaged, or was written for another key, is made again with a notice. A writer renames a whole file
+    into place, so two of them at once do no harm.
+    """
+    if folder is None:
+        return make()
+    key = json.dumps(key)
+    path = folder / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+    if path.is_file():
         try:
-            with safe_open(stored, framework="np") as f:
-                return Corpus(**{name: f.get_tensor(name) for name in names}, **json.loads(f.metadata()["corpus"]))
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
-            print(f"{stored}: damaged ({e}); tokenizing again")
-    corpus = build_corpus(path, tokenizer, template, context)
-    cache.mkdir(parents=True, exist_ok=True)
-    part = stored.with_suffix(f".{os.getpid()}.part")
-    about = json.dumps({"template": corpus.template, "counts": corpus.counts})
-    write_safetensors(part, {name: torch.from_numpy(getattr(corpus, name)) for name in names}, {"corpus": about})
-    part.replace(stored)
-    return corpus
+            with safe_open(path, framework="np") as f:
+                found, arrays = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}
+            if found.get("key") != key:
+                raise ValueError("not what its name says")
+            if found["sha256"] != digest(arrays):
+                raise ValueError("its bytes have changed")
+            return arrays, json.loads(found["about"])
+        except (SafetensorError, OSError, KeyError, ValueError) as e:
+            print(f"{path}: damaged, or another's ({e}); made again")
+    arrays, about = make()
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{uuid4().hex}.part")
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    write_safetensors(part, tensors, {"key": key, "sha256": digest(arrays), "about": json.dumps(about)})
+    part.replace(path)
+    return arrays, about
+
+
+def digest(arrays: Arrays, text: str = "") -> str:
+    """SHA-256 of what the arrays hold, and of a text."""
+    sha = hashlib.sha256(text.encode())
+    for name, array in sorted(arrays.items()):
+        sha.update(f"{name} {array.dtype} {array.shape} ".encode())
+        sha.update(np.ascontiguousarray(array))
+    return sha.hexdigest()
 
 
 def build_corpus(path: Path, tokenizer: Tokenizer, template: str, context: int) -> Corpus:
@@ -408,32 +483,37 @@ def build_corpus(path: Path, tokenizer: Tokenizer, template: str, context: int) 
     pieces instead, each with a BOS of its own, so that every token of it is trained on once.
     """
     rows = read_rows(path)
-    template, documents, counts = render(rows, template)
-    samples = []
+    template, documents, numbers, counts = render(rows, template)
+    samples, origins, texts, at = [], [], [], 0
     with tqdm(total=len(documents), desc="tokenizing", unit="row", disable=None, leave=False) as bar:
         for chunk in chunks(documents, characters=4_000_000):
-            for ids, kind in tokenize(chunk, tokenizer):
+            for document, (ids, kind, spans) in zip(chunk, tokenize(chunk, tokenizer)):
+                spans += at
+                texts.append(written(document))
+                at += len(texts[-1])
                 if template == "text":
-                    samples += cut(ids, kind, context)
+                    samples += cut(context, ids, kind, spans)
                 elif (kind[:context] >= RESPONSE).any():
-                    samples.append((ids[:context], kind[:context]))
+                    samples.append((ids[:context], kind[:context], spans[:context]))
                     counts["cut at the context length"] += len(ids) > context
                 else:
                     counts["dropped: response cut away"] += 1
+                origins += [numbers[len(texts) - 1]] * (len(samples) - len(origins))
             bar.update(len(chunk))
     counts = {what: n for what, n in sorted(counts.items()) if n}
     if not samples:
         why = ", ".join(f"{n} {what}" for what, n in counts.items())
         raise ValueError(f"{path}: none of {len(rows)} rows is usable ({why}); each needs a response, within --context {context} tokens")
-    ids, kinds = zip(*samples)
-    starts = np.cumsum([0, *map(len, ids)])
-    return Corpus(np.concatenate(ids), np.concatenate(kinds), starts, template, {"rows": len(rows), "kept": len(samples), **counts})
+    ids, kind, spans = map(np.concatenate, zip(*samples))
+    starts = np.cumsum([0, *(len(sample[0]) for sample in samples)])
+    counts = {"rows": len(rows), "kept": len(samples), **counts}
+    return Corpus(ids, kind, starts, template, counts, "".join(texts), spans, np.array(origins))
 
 
-def render(rows: list[tuple[str, dict]], template: str) -> tuple[str, list[list[tuple[int, str]]], Counter]:
-    """(template, documents, counts): the usable rows as pieces of text under the template, and how many were not."""
-    counts, documents, first = Counter(), [], None
-    for where, row in rows:
+def render(rows: list[tuple[str, dict]], template: str) -> tuple[str, list[list[tuple[int, str]]], list[int], Counter]:
+    """(template, documents, numbers, counts): usable rows as pieces of text under the template; which they are; how many are not."""
+    counts, documents, numbers, first = Counter(), [], [], None
+    for number, (where, row) in enumerate(rows, 1):
         found, turns = parse(where, row)
         if first is None:
             first, template = found, AUTO[found] if template == "auto" else template
@@ -448,7 +528,8 @@ def render(rows: list[tuple[str, dict]], template: str) -> tuple[str, list[list[
         else:
             counts["unanswered last turns left out"] += answered < len(turns)
             documents.append(list(TEMPLATES[template](turns[:answered])))
-    return template, documents, counts
+            numbers.append(number)
+    return template, documents, numbers, counts
 
 
 def require_fit(where: str, found: str, turns: Turns, template: str) -> None:
@@ -480,10 +561,10 @@ def require_trained_headers(folder: Path, tokenizer: Tokenizer) -> None:
         )
 
 
-def cut(ids: np.ndarray, kind: np.ndarray, context: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """A long text as pieces of at most `context` tokens, each with the BOS that `ids` begins with."""
-    at = range(1, len(ids), context - 1)
-    return [tuple(np.concatenate([a[:1], a[i : i + context - 1]]) for a in (ids, kind)) for i in at]
+def cut(context: int, *arrays: np.ndarray) -> list[Tokens]:
+    """A long text as pieces of at most `context` tokens, each with the BOS that the document begins with."""
+    at = range(1, len(arrays[0]), context - 1)
+    return [tuple(np.concatenate([a[:1], a[i : i + context - 1]]) for a in arrays) for i in at]
 
 
 def chunks(documents: list, characters: int) -> Iterator[list]:
@@ -509,7 +590,7 @@ class Batch:
     tokens: Tensor  # (1, T) int64, what the model reads
     targets: Tensor  # (T,) int64, the next token of the same sample
     loss_mask: Tensor  # (T,) bool, True where the target is trained on
-    important: Tensor  # (T,) bool, the static grouper's verdict on the target
+    known: Tensor  # (T,) what is known of the target before the step: a static grouper's verdict (bool), or rho1's reference nats
     doc_ids: Tensor  # (T,) int64, 0 ... samples - 1, never falling
     layout: Layout
 
@@ -526,11 +607,11 @@ def epoch_order(samples: int, batch_size: int, seed: int, epoch: int, drop_last:
     return [order[i : min(i + batch_size, stop)] for i in range(0, stop, batch_size)]
 
 
-def micro_batches(corpus: Corpus, important: np.ndarray, samples: np.ndarray, max_tokens: int) -> list[Batch]:
+def micro_batches(corpus: Corpus, known: np.ndarray, samples: np.ndarray, max_tokens: int) -> list[Batch]:
     """One step's samples as few packed rows of at most `max_tokens` positions: longest first, each into the first row it fits.
 
     Args:
-        important: (tokens,) bool, aligned with `corpus.ids`.
+        known: (tokens,) any type, aligned with `corpus.ids`; see `Batch`.
     """
     rows, room = [], []
     need = corpus.lengths[samples] - 1  # positions: a sample's last token is only ever a target
@@ -540,19 +621,23 @@ def micro_batches(corpus: Corpus, important: np.ndarray, samples: np.ndarray, ma
             rows, room, row = [*rows, []], [*room, max_tokens], len(rows)
         rows[row].append(samples[i])
         room[row] -= need[i]
-    return [pack(corpus, important, row) for row in rows]
+    return [pack(corpus, known, row) for row in rows]
 
 
-def pack(corpus: Corpus, important: np.ndarray, samples: list[int]) -> Batch:
-    """The samples end to end in one row, targets and labels shifted by one."""
+def pack(corpus: Corpus, known: np.ndarray, samples: list[int]) -> Batch:
+    """The samples end to end in one row; targets, and what is known of them, shifted by one."""
     lengths = corpus.lengths[samples] - 1  # (samples,) positions
-    doc_ids = np.repeat(np.arange(len(samples)), lengths)  # (T,)
-    at = np.arange(len(doc_ids)) + (corpus.starts[samples] - np.cumsum(lengths) + lengths)[doc_ids]  # (T,) into the corpus
+    at = ragged(corpus.starts[samples], lengths)  # (T,) into the corpus
     return Batch(
         tokens=torch.from_numpy(corpus.ids[at].astype(np.int64))[None],
         targets=torch.from_numpy(corpus.ids[at + 1].astype(np.int64)),
         loss_mask=torch.from_numpy(corpus.kind[at + 1] >= RESPONSE),
-        important=torch.from_numpy(important[at + 1]),
-        doc_ids=torch.from_numpy(doc_ids),
+        known=torch.from_numpy(known[at + 1]),
+        doc_ids=torch.from_numpy(np.repeat(np.arange(len(samples)), lengths)),
         layout=Layout.packed(lengths.tolist()),
     )
+
+
+def ragged(begin: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """begin[0], begin[0] + 1, … (length[0] of them), begin[1], …: the places of many spans in one array."""
+    return np.arange(length.sum()) + np.repeat(begin - np.cumsum(length) + length, length)

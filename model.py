@@ -470,19 +470,25 @@ def resolve(name: str | Path) -> Path:
         return Path(name)
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise ValueError(f"{name}: no such folder (a Hub name has the form organisation/model)")
-    from huggingface_hub import snapshot_download  # comes with tokenizers
-
-    try:
-        folder = Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as e:  # the Hub's client raises many kinds: no network, gated, not found
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ValueError(
-            f"{name}: no such folder, and the Hub did not give it ({reason}). Where there is network: "
-            f'hf download {name} --exclude "original/*"   (Llama is gated: accept its licence on the Hub, then `hf auth login`)'
-        ) from e
+    folder = download(str(name), ["*.json", "*.safetensors"], '--exclude "original/*"')
     if not weight_files(folder):
         raise ValueError(f"{name}: the Hub has no safetensors of it; convert its weights, or choose a repository that has them")
     return folder
+
+
+def download(repository: str, patterns: list[str], flags: str, repo_type: str = "model") -> Path:
+    """The local copy of a Hub repository's files that match `patterns`; `flags` is what `hf download` needs besides the name."""
+    from huggingface_hub import snapshot_download  # comes with tokenizers
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns, repo_type=repo_type))
+    except Exception as e:  # the Hub's client raises many kinds: no network, gated, not found
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ValueError(
+            f"{repository}: not here, and the Hub did not give it ({reason}). Where there is network:\n"
+            f"  hf download {repository} {flags}\n"
+            "Llama and LIMA are gated: accept the terms on their page of the Hub with your account, then `hf auth login`"
+        ) from e
 
 
 def weight_files(folder: Path) -> dict[str, Path]:

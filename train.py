@@ -34,6 +34,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import groupers
+import recipes
 from data import TEMPLATES, Batch, Corpus, Tokenizer
 from model import DTYPES, Llama, LlamaConfig, resolve, weight_files
 from recipes import RECIPES
@@ -57,10 +58,13 @@ class Config:
     """Every setting of a run; one command-line flag each, generated from here."""
 
     recipe: str | None = opt(
-        None, "named settings that the other flags override; demo where neither --model nor --data is given", DATA, tuple(RECIPES)
+        None,
+        "named settings that the other flags override, `list` prints them; demo where neither --model nor --data is given",
+        DATA,
+        ("list", *RECIPES),
     )
     model: str | None = opt(None, "model folder in the published layout, or a Hub name; a config without weights starts fresh", DATA)
-    data: str | None = opt(None, "training data: JSON or JSONL, each also .gz", DATA)
+    data: str | None = opt(None, "training data: JSON or JSONL, each also .gz; or hf://datasets/ORGANISATION/NAME/FILE", DATA)
     template: str = opt("auto", "how a row becomes text; auto follows the data", DATA, ("auto", *TEMPLATES))
     context: int = opt(4096, "tokens a sample is cut to", DATA)
     batch_size: int = opt(64, "samples in an optimizer step", DATA)
@@ -76,6 +80,8 @@ class Config:
     lam_max: float = opt(0.9, "weight of the worse group at the first step; 0 is ordinary SFT", METHOD)
     lam_min: float | None = opt(None, "where that weight decays to; not given: it stays at --lam-max", METHOD)
     worst: str = opt("max", "max: the worse group (Eq. 4); important: always the important one (Rho-1)", METHOD, ("max", "important"))
+    reference: str | None = opt(None, "rho1: the frozen model of the same domain, a folder or a Hub name", METHOD)
+    llmlingua_model: str = opt(groupers.LLMLINGUA2, "llmlingua2: its token classifier, a folder or a Hub name", METHOD)
     scope: str = opt(
         "step", "tokens the group means run over: the whole optimizer step, or each micro-batch", METHOD, ("step", "micro_batch")
     )
@@ -91,7 +97,7 @@ class Config:
     dtype: str = opt("bfloat16", "compute type; parameters, gradients and AdamW stay float32", OPTIM, ("bfloat16", "float32"))
 
     out: str | None = opt(None, "run folder; not given: the next free runs/<recipe>-<n>", RUN)
-    cache: str | None = opt(None, "folder of tokenized data, for runs to share; not given: OUT/cache, or runs/cache without --out", RUN)
+    cache: str | None = opt(None, "folder of tokens and scores, for runs to share; not given: OUT/cache, or runs/cache without --out", RUN)
     save_dtype: str | None = opt(None, "type of the saved weights; not given: the compute type", RUN, tuple(DTYPES))
     overwrite: bool = opt(False, "replace the run that --out holds; nothing but a run of this program", RUN)
     dry_run: bool = opt(False, "print the plan and stop", RUN)
@@ -134,10 +140,23 @@ class Config:
                 "a whole number of 2^31 or more: no flag takes one so large",
             ),
             (self.grouper != "none" or self.worst == "max", "--worst important needs important tokens; choose a --grouper"),
+            (self.grouper != "rho1" or self.reference is not None, self.how_to_reference()),
         ]
         for holds, message in checks:
             if not holds:
                 raise ValueError(message)
+
+    def how_to_reference(self) -> str:
+        """What to run for Rho-1: first its reference model φ, then θ."""
+        if self.recipe and self.recipe.endswith("-rho1"):
+            first, then = f"--recipe {self.recipe.replace('rho1', 'sft')}", f"--recipe {self.recipe}"
+        else:
+            first = then = f"--model {self.model} --data {self.data}"
+            first, then = f"{first} --grouper none", f"{then} --grouper rho1 --worst important --lam-max 1"
+        return (
+            "--grouper rho1 needs --reference, a model trained on data of the same domain. Train one, then the run itself:\n"
+            f"  python train.py {first} --out runs/reference\n  python train.py {then} --reference runs/reference/model"
+        )
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
@@ -158,13 +177,16 @@ def parse_args(argv: list[str] | None = None) -> Config:
         if kind is bool:
             how["action"] = argparse.BooleanOptionalAction
         elif f.metadata["choices"]:
-            how["choices"] = f.metadata["choices"]
+            how |= {"choices": f.metadata["choices"]} | ({"metavar": "NAME"} if f.name == "recipe" else {})
         elif isinstance(f.default, tuple):
             how |= {"type": float, "nargs": 2, "metavar": ("B1", "B2")}
         else:
             how |= {"type": kind, "metavar": {str: "PATH", int: "N", float: "X"}[kind]}
         sections[f.metadata["group"]].add_argument("--" + f.name.replace("_", "-"), **how)
     given = vars(parser.parse_args(argv))
+    if given.get("recipe") == "list":
+        print(recipes.table())
+        raise SystemExit
     if "betas" in given:
         given["betas"] = tuple(given["betas"])
     if not given.keys() & {"recipe", "model", "data"}:
@@ -181,6 +203,41 @@ def batch_nll(model: Llama, batch: Batch) -> Tensor:
     mask = batch.loss_mask
     nll = token_nll(hidden[mask], model.lm_head.weight, batch.targets[mask])  # (supervised,)
     return nll.new_zeros(mask.shape).masked_scatter(mask, nll)  # (T,)
+
+
+def check_reference(cfg: Config, tokenizer: Tokenizer) -> None:
+    """Refuse a `--reference` whose losses could not be compared with the model's, token by token."""
+    folder = resolve(cfg.reference)
+    llama = LlamaConfig.from_folder(folder)
+    if not weight_files(folder):
+        raise ValueError(f"--reference {cfg.reference}: no weights in the folder")
+    if Tokenizer(folder, llama.vocab_size).backend.get_vocab() != tokenizer.backend.get_vocab():
+        raise ValueError(
+            f"--reference {cfg.reference}: its tokenizer is not that of {cfg.model}; losses of other tokens cannot be compared"
+        )
+    if cfg.context > llama.max_position_embeddings:
+        raise ValueError(f"--context {cfg.context}: the reference {cfg.reference} has {llama.max_position_embeddings} positions")
+
+
+def reference_nll(cfg: Config, corpus: Corpus, cache: Path | None, device: torch.device) -> np.ndarray:
+    """Rho-1's φ: `corpus_nll` under `--reference`, computed once for a data set; the model is gone afterwards."""
+    folder, dtype = resolve(cfg.reference), DTYPES[cfg.dtype]
+
+    def make() -> tuple[data.Arrays, dict]:
+        return {"nats": corpus_nll(Llama.from_pretrained(folder, dtype, dtype, device), corpus, cfg.micro_batch_tokens)}, {}
+
+    return data.cached(cache, "reference", [corpus.digest, groupers.content(folder), cfg.dtype], make)[0]["nats"]
+
+
+@torch.no_grad()
+def corpus_nll(model: Llama, corpus: Corpus, max_tokens: int) -> np.ndarray:
+    """Nats of each supervised token of a corpus, (tokens,) float32, 0 elsewhere; in packed rows of at most `max_tokens`."""
+    nats, places = np.zeros(len(corpus.ids), np.float32), np.arange(len(corpus.ids))
+    for samples in tqdm(np.array_split(np.arange(len(corpus)), math.ceil(len(corpus) / 256)), "losses", disable=None, leave=False):
+        for batch in data.micro_batches(corpus, places, samples, max_tokens):  # `known` brings each target's place in the corpus
+            nll = batch_nll(model, batch.to(model.lm_head.weight.device)).cpu()
+            nats[batch.known[batch.loss_mask].numpy()] = nll[batch.loss_mask].numpy()
+    return nats
 
 
 def price(objective: Objective, nats: Tensor, tokens: Tensor) -> Tensor:
@@ -275,7 +332,7 @@ def memory_needed(cfg: LlamaConfig, parameters: int, positions: int, compute_byt
     }
 
 
-def print_plan(cfg: Config, corpus: Corpus, important: np.ndarray, llama: LlamaConfig, fresh: bool, steps: int, per_epoch: int) -> None:
+def print_plan(cfg: Config, corpus: Corpus, known: np.ndarray, llama: LlamaConfig, fresh: bool, steps: int, per_epoch: int) -> None:
     """Say, before anything large is loaded, what will be trained on what."""
     mask = corpus.loss_mask
     counts = dict(corpus.counts)
@@ -285,9 +342,9 @@ def print_plan(cfg: Config, corpus: Corpus, important: np.ndarray, llama: LlamaC
     positions = min(cfg.micro_batch_tokens, int(np.sort(corpus.lengths - 1)[-cfg.batch_size :].sum()))
     memory = memory_needed(llama, parameters, positions, DTYPES[cfg.dtype].itemsize)
     weight = f"{cfg.lam_max:g}" if cfg.lam_max == cfg.lam_min else f"{cfg.lam_max:g} → {cfg.lam_min:g}"
-    share = (
-        "labelled at each step" if cfg.grouper in groupers.IN_STEP else f"{important[mask].mean():.1%} of the supervised tokens important"
-    )
+    share = f"{known[mask].mean():.1%} of the supervised tokens important"
+    if cfg.grouper in groupers.IN_STEP:
+        share = "labelled at each step" + f" against {cfg.reference}" * (cfg.grouper == "rho1")
     groups = f"{cfg.grouper}, η {cfg.eta:g}: {share}; λ {weight}, worst {cfg.worst}, scope {cfg.scope}"
     lines = {
         "data": f"{cfg.data}: {rows:,} rows, {kept:,} {'pieces' if corpus.template == 'text' else 'samples kept'}"
@@ -331,24 +388,28 @@ def train(cfg: Config) -> Path | None:
     tokenizer = Tokenizer(folder, llama.vocab_size)
     if cfg.template == "llama3":
         data.require_trained_headers(folder, tokenizer)
+    if cfg.grouper == "rho1":
+        check_reference(cfg, tokenizer)
     if not cfg.dry_run and checkpoint.finished(cfg):
         print(f"{cfg.out}: this run is already finished; nothing to do")
         return Path(cfg.out)
 
     cache = Path(cfg.cache) if cfg.cache else None if cfg.dry_run else Path(cfg.out or "runs") / "cache"
-    corpus = data.load_corpus(cfg.data, tokenizer, cfg.template, cfg.context, cache)
-    important = groupers.label_corpus(cfg.grouper, corpus, cfg.eta, cfg.seed)
+    corpus = data.load_corpus(data.data_file(cfg.data), tokenizer, cfg.template, cfg.context, cache)
+    known = groupers.label_corpus(cfg.grouper, corpus, cfg.eta, cfg.seed, cfg.llmlingua_model, cache)
     per_epoch = len(data.epoch_order(len(corpus), cfg.batch_size, cfg.seed, 0, cfg.drop_last))
     total_steps = min(cfg.epochs * per_epoch, cfg.max_steps or sys.maxsize)
     if not total_steps:
         raise ValueError(
             f"{cfg.data}: {len(corpus)} samples make no full batch of {cfg.batch_size}; lower --batch-size or leave out --drop-last"
         )
-    print_plan(cfg, corpus, important, llama, not weight_files(folder), total_steps, per_epoch)
+    print_plan(cfg, corpus, known, llama, not weight_files(folder), total_steps, per_epoch)
     if cfg.dry_run:
         return None
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if cfg.grouper == "rho1":
+        known = reference_nll(cfg, corpus, cache, device)
     model = Llama.from_pretrained(folder, DTYPES[cfg.dtype], device=device, seed=cfg.seed)
     optimizer = adamw(model, cfg)
     out = checkpoint.claim(cfg)
@@ -362,7 +423,7 @@ def train(cfg: Config) -> Path | None:
             if at == 0:
                 order = data.epoch_order(len(corpus), cfg.batch_size, cfg.seed, epoch, cfg.drop_last)
             began = time.perf_counter()
-            batches = [batch.to(device) for batch in data.micro_batches(corpus, important, order[at], cfg.micro_batch_tokens)]
+            batches = [batch.to(device) for batch in data.micro_batches(corpus, known, order[at], cfg.micro_batch_tokens)]
             row = {"step": done + 1, "epoch": epoch, **update(model, optimizer, batches, cfg, done, total_steps)}
             read = sum(batch.tokens.numel() for batch in batches)
             seconds = time.perf_counter() - began

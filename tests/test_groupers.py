@@ -2,6 +2,8 @@
 
 import math
 import random as python_random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -130,17 +132,69 @@ def test_random_depends_on_its_seed_alone_and_leaves_global_generators_alone():
 def test_the_loss_grouper_labels_the_highest_losses_of_each_sample():
     corpus = corpus_of(sentence(1, 2, 3), sentence(4, 5, 6))
     (batch,) = micro_batches(corpus, groupers.label_corpus("loss", corpus, 0.7, 0), np.arange(2), 64)
-    assert not batch.important.any(), "nothing is labelled before the losses are known"
+    assert not batch.known.any(), "nothing is labelled before the losses are known"
     nll = torch.tensor([9.0, 0.1, 0.2, 0.3, 0.0, 9.0, 5.0, 4.0, 6.0, 1.0])  # prompt, 3 words, end; twice
     verdict = groupers.labeller("loss", 0.7)(nll, batch)
     assert verdict.tolist() == [False, False, False, True, False] + [False, False, False, True, False]
-    assert groupers.labeller("tfidf", 0.7)(nll, batch) is batch.important
+    assert groupers.labeller("tfidf", 0.7)(nll, batch) is batch.known
+
+
+@pytest.mark.fast
+def test_rho1_labels_the_highest_excess_over_the_reference():
+    corpus = corpus_of(sentence(1, 2, 3), sentence(4, 5, 6))
+    reference = np.array([0, 0, 4.0, 1.0, 2.0, 0.5] * 2, np.float32)  # of each token itself: BOS, prompt, 3 words, end
+    (batch,) = micro_batches(corpus, reference, np.arange(2), 64)
+    assert batch.known.tolist() == [0, 4, 1, 2, 0.5] * 2, "the reference's loss travels with the token it is of"
+    nll = torch.tensor([9.0, 4.1, 1.3, 2.2, 0.5, 9.0, 3.0, 1.0, 2.0, 0.6])  # excess 0.1 0.3 0.2 0.0, then -1 0 0 0.1
+    verdict = groupers.labeller("rho1", 0.7)(nll, batch)
+    assert verdict.tolist() == [False, False, True, False, False] + [False, False, False, False, True]
+    level = groupers.labeller("rho1", 0.7)(batch.known.clone(), batch)
+    assert torch.equal(level, batch.loss_mask), "a model that is its own reference: no excess, one group"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("grouper", ["tfidf", "frequency"])
+def test_scores_are_kept_under_the_corpus_and_the_grouper_and_never_eta(tmp_path, monkeypatch, grouper):
+    calls, corpus = [], corpus_of(sentence(1, 2, 3), sentence(1, 4, 4))
+    score = getattr(groupers, grouper)
+    monkeypatch.setattr(groupers, grouper, lambda corpus: calls.append(corpus) or score(corpus))
+    for eta in (0.3, 0.5, 0.9):
+        for seed in range(5):
+            got = groupers.label_corpus(grouper, corpus, eta, seed, cache=tmp_path)
+            assert (got == groupers.label_corpus(grouper, corpus, eta)).all()
+    assert len(calls) == 1 + 15, "once, and each time without a cache"
+    groupers.score_corpus(grouper, corpus_of(sentence(1, 2, 3), sentence(1, 4, 5)), cache=tmp_path)
+    groupers.score_corpus("frequency" if grouper == "tfidf" else "tfidf", corpus, cache=tmp_path)
+    assert len(calls) == 1 + 15 + 1 and len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.fast
+def test_two_runs_that_score_at_once_do_no_harm(tmp_path, monkeypatch):
+    corpus = corpus_of(sentence(1, 2, 3), sentence(1, 4, 4))
+    expected, together = groupers.tfidf(corpus), threading.Barrier(4)
+    monkeypatch.setattr(groupers, "tfidf", lambda corpus: (together.wait(30), expected)[1])
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: groupers.score_corpus("tfidf", corpus, cache=tmp_path), range(4)))
+    assert all((scores == expected).all() for scores in found)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+    monkeypatch.setattr(groupers, "tfidf", None)  # no longer needed
+    assert (groupers.score_corpus("tfidf", corpus, cache=tmp_path) == expected).all()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("grouper", ["tfidf", "frequency"])
+def test_no_grouper_touches_a_global_random_state(grouper):
+    corpus = corpus_of(sentence(1, 2, 3), sentence(1, 4, 4))
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), python_random.getstate()
+    groupers.label_corpus(grouper, corpus, 0.5)
+    assert torch.equal(before[0], torch.get_rng_state()) and python_random.getstate() == before[2]
+    assert (np.random.get_state()[1] == before[1]).all()
 
 
 @pytest.mark.fast
 def test_every_named_grouper_can_label():
     corpus = corpus_of(sentence(1, 2, 3), sentence(1, 4, 4))
-    for name in groupers.GROUPERS:
+    for name in set(groupers.GROUPERS) - {"llmlingua2"}:  # which has test_llmlingua2.py
         verdict = groupers.label_corpus(name, corpus, 0.5, 0)
         assert verdict.dtype == bool and verdict.shape == corpus.ids.shape
         assert verdict.any() == (name in ("random", "frequency", "tfidf"))

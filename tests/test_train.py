@@ -3,9 +3,11 @@
 import ast
 import json
 import math
+import random
 import re
 import subprocess
 import sys
+import weakref
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -79,10 +81,12 @@ def cut(corpus, important, pieces):
 @pytest.mark.fast
 @pytest.mark.parametrize("worst", ["max", "important"])
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("grouper", ["tfidf", "loss"])
+@pytest.mark.parametrize("grouper", ["tfidf", "loss", "rho1"])
 def test_any_cut_into_micro_batches_gives_the_gradient_of_the_whole_step(model_and_corpus, grouper, lam, worst):
     model, corpus = model_and_corpus
     important = groupers.label_corpus(grouper, corpus, 0.7, 0)
+    if grouper == "rho1":
+        important = train.corpus_nll(Llama(model.cfg).init_weights(seed=9), corpus, 512)
     label, objective = groupers.labeller(grouper, 0.7), partial(sft_go, lam=lam, worst=worst)
 
     (whole,) = cut(corpus, important, 1)  # the definition: one batch, full logits, one graph
@@ -103,6 +107,53 @@ def test_any_cut_into_micro_batches_gives_the_gradient_of_the_whole_step(model_a
             again = train.step(model, batches, objective, label, probe=False)
             assert torch.allclose(again[0], nats) and torch.equal(again[1], tokens)
             assert (gradient(model) - expected).abs().max() <= 1e-6 * (1 + expected.abs().max())
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("worst", ["important", "max"])
+def test_rho1_is_what_a_plain_loop_over_samples_and_tokens_makes_of_equation_9(model_and_corpus, worst):
+    model, corpus = model_and_corpus
+    reference, eta = Llama(model.cfg).init_weights(seed=9), 0.55
+
+    def sample_nll(model, sample):  # a sample alone, full logits
+        ids = torch.from_numpy(corpus.ids[corpus.starts[sample] : corpus.starts[sample + 1]].astype(np.int64))
+        hidden = model(ids[None, :-1], Layout.packed([len(ids) - 1]))[0]
+        return F.cross_entropy(model.lm_head(hidden), ids[1:], reduction="none")
+
+    groups = {False: [], True: []}
+    for sample in range(len(corpus)):
+        nll = sample_nll(model, sample)
+        with torch.no_grad():
+            excess = (nll - sample_nll(reference, sample)).tolist()
+        supervised = np.flatnonzero(corpus.kind[corpus.starts[sample] + 1 : corpus.starts[sample + 1]] >= data.RESPONSE).tolist()
+        k = max(1, math.floor((1 - eta) * len(supervised) + 0.5))
+        chosen = sorted(supervised, key=lambda i: excess[i])[-k:]
+        for i in supervised:
+            groups[i in chosen].append(nll[i])
+    means = {important: torch.stack(of).mean() for important, of in groups.items()}
+    assert abs(means[True] - means[False]) > 1e-3
+    expected = means[True] if worst == "important" else max(means.values())
+    expected.backward()
+    by_hand = gradient(model)
+
+    known = train.corpus_nll(reference, corpus, 300)
+    for pieces in (1, 3):
+        batches = cut(corpus, known, pieces)
+        nats, tokens = train.step(model, batches, partial(sft_go, lam=1.0, worst=worst), groupers.labeller("rho1", eta))
+        assert tokens.tolist() == [len(groups[False]), len(groups[True])]
+        assert (gradient(model) - by_hand).abs().max() < 1e-6
+        assert float(sft_go(nats, tokens, 1.0, worst)) == pytest.approx(float(expected.detach()), abs=1e-5)
+
+
+@pytest.mark.fast
+def test_a_model_that_is_its_own_reference_has_no_excess_at_all(model_and_corpus):
+    model, corpus = model_and_corpus
+    known = train.corpus_nll(model, corpus, 4096)  # 11 samples in one row: the packing of the step below
+    (batch,) = data.micro_batches(corpus, known, np.arange(len(corpus)), 4096)
+    with torch.no_grad():
+        nll = train.batch_nll(model, batch)
+    assert ((nll - batch.known)[batch.loss_mask] == 0).all() and known[corpus.loss_mask].all()
+    assert torch.equal(groupers.labeller("rho1", 0.55)(nll, batch), batch.loss_mask), "equal scores share a group: all important"
 
 
 @pytest.mark.fast
@@ -130,7 +181,7 @@ def test_scope_micro_batch_is_the_token_weighted_mean_of_each_cuts_own_loss(mode
     for lam in (0.0, 0.7):
         expected = 0.0
         for b in batches:
-            loss, _ = sft_go_loss(train.batch_nll(model, b), b.important, b.loss_mask, lam)
+            loss, _ = sft_go_loss(train.batch_nll(model, b), b.known, b.loss_mask, lam)
             expected = expected + loss * b.loss_mask.sum() / total
         expected.backward()
         by_hand = gradient(model)
@@ -167,7 +218,7 @@ def test_training_follows_the_objective_it_is_given():
     }.items():
         model = Unigram()
         for _ in range(20):
-            train.step(model, [batch], objective, lambda nll, batch: batch.important)
+            train.step(model, [batch], objective, lambda nll, batch: batch.known)
             with torch.no_grad():
                 model.lm_head.weight -= model.lm_head.weight.grad
             model.zero_grad()
@@ -637,6 +688,97 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(folder, rows, tmp
     monkeypatch.setattr(train, "step", poison)
     with pytest.raises(ValueError, match="step 1: loss is .* gradient norm (inf|nan). Not updated"):
         run(folder, rows, "--out", tmp_path / "out")
+
+
+# Rho-1.
+
+
+def test_rho1_trains_against_a_reference_that_is_gone_by_then(folder, rows, tmp_path, monkeypatch):
+    reference = run(folder, rows, "--grouper", "none", "--out", tmp_path / "reference") / "model"
+    alive, dead_when_asked, load = [], [], Llama.from_pretrained.__func__
+
+    def watched(cls, *args, **kwargs):
+        dead_when_asked.extend(model() is None for model in alive)
+        model = load(cls, *args, **kwargs)
+        alive.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(Llama, "from_pretrained", classmethod(watched))
+    flags = ["--grouper", "rho1", "--eta", 0.55, "--reference", reference, "--cache", tmp_path / "cache"]
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    first = metrics(run(folder, rows, *flags, "--worst", "important", "--lam-max", 1, "--out", tmp_path / "a"))
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[2]
+    assert (np.random.get_state()[1] == before[1]).all()
+    assert len(alive) == 2 and dead_when_asked == [True], "the reference first, then, without it, the model"
+    assert all(row["loss"] == pytest.approx(row["important"]) and row["lam"] == 1 for row in first)
+    assert (
+        0.4
+        < sum(row["important_tokens"] for row in first) / sum(row["important_tokens"] + row["unimportant_tokens"] for row in first)
+        < 0.5
+    )
+
+    again = metrics(run(folder, rows, *flags, "--worst", "important", "--lam-max", 1, "--out", tmp_path / "b"))
+    assert len(alive) == 3, "the reference's losses were kept"
+    assert [row["loss"] for row in again] == [row["loss"] for row in first]
+    (kept,) = (tmp_path / "cache").glob("reference-*")
+    kept.unlink()
+    on_the_fly = metrics(run(folder, rows, *flags, "--worst", "important", "--lam-max", 1, "--out", tmp_path / "c"))
+    assert [row["loss"] for row in on_the_fly] == [row["loss"] for row in first]
+
+    eq3 = metrics(run(folder, rows, *flags, "--out", tmp_path / "d"))
+    assert eq3[0]["important"] == pytest.approx(first[0]["important"], abs=1e-5), "the same groups, in Eq. 3"
+    assert eq3[0]["loss"] == pytest.approx(0.1 * eq3[0]["ce"] + 0.9 * max(eq3[0]["important"], eq3[0]["unimportant"]), abs=1e-5)
+
+
+@pytest.mark.fast
+def test_rho1_without_a_reference_says_which_two_commands_to_run(capsys, monkeypatch, folder, rows, tmp_path):
+    base = ["--model", folder, "--data", rows]
+    code, said = said_by_main(capsys, monkeypatch, *base, "--grouper", "rho1")
+    assert code == 1 and "--grouper rho1 needs --reference" in said
+    commands = re.findall(r"python train\.py (.*)", said)
+    assert len(commands) == 2 and all(f"--model {folder} --data {rows}" in command for command in commands)
+    small = ["--context", "128", "--micro-batch-tokens", "512", "--batch-size", "4", "--max-steps", "1"]
+    monkeypatch.chdir(tmp_path)
+    for command in commands:  # as printed, but for the size
+        train.train(train.parse_args([*command.split(), *small]))
+    said = said_by_main(capsys, monkeypatch, "--recipe", "alpaca-8b-rho1")[1]
+    assert "--recipe alpaca-8b-sft --out runs/reference" in said and "--recipe alpaca-8b-rho1 --reference runs/reference/model" in said
+
+
+@pytest.mark.fast
+def test_a_reference_that_cannot_be_compared_is_refused_before_anything_runs(folder, rows, tmp_path, capsys, monkeypatch):
+    def said(reference, *more):
+        flags = [
+            "--model",
+            folder,
+            "--data",
+            rows,
+            "--context",
+            128,
+            "--out",
+            tmp_path / "out",
+            "--grouper",
+            "rho1",
+            "--reference",
+            reference,
+        ]
+        return said_by_main(capsys, monkeypatch, *flags, *more)[1]
+
+    cfg = LlamaConfig.from_folder(folder)
+    assert "no weights in the folder" in said(tiny_folder(tmp_path / "empty"))
+    other = tiny_folder(tmp_path / "other")
+    Llama(cfg).init_weights(0).save_pretrained(other)
+    raw = json.loads((other / "tokenizer.json").read_text())
+    first, second, *_ = raw["model"]["vocab"]
+    vocab = raw["model"]["vocab"]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (other / "tokenizer.json").write_text(json.dumps(raw))
+    assert "its tokenizer is not that of" in said(other)
+    short = tiny_folder(tmp_path / "short", max_position_embeddings=64)
+    Llama(LlamaConfig.from_folder(short)).init_weights(0).save_pretrained(short)
+    assert "has 64 positions" in said(short)
+    assert "no such folder" in said(tmp_path / "nowhere")
+    assert not (tmp_path / "out").exists()
 
 
 # Configuration.

@@ -1,0 +1,355 @@
+"""LLMLingua-2 in groupers.py: the package's own words and probabilities, and characters that find their way to the right token."""
+
+import json
+import random
+import re
+import string
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from classifiers import MBERT, XLMR, classifier_folder
+from tiny import TEXTS, tiny_folder
+
+import groupers
+from data import RESPONSE, Tokenizer, load_corpus
+from groupers import Classifier, llmlingua2, span_means
+from model import LlamaConfig
+
+pytestmark = pytest.mark.fast
+WORDS = "rain river carry little salt down sea morning old fisherman walked along shore where small crabs hiding under stones"
+
+
+def prose(words: int, seed: int, stops: bool = True) -> str:
+    """Random words, and perhaps a full stop now and then."""
+    rng = random.Random(seed)
+    out = [rng.choice(WORDS.split()) + (". " if stops and rng.random() < 0.1 else " ") for _ in range(words)]
+    return "".join(out).strip() + "."
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Tiny classifiers of both kinds, whose tokenizers know every ASCII character."""
+    pytest.importorskip("transformers")
+    parent = tmp_path_factory.mktemp("classifiers")
+    letters = string.ascii_letters + string.digits
+    texts = [*TEXTS * 4, " ".join(string.punctuation), letters, letters[::-1]]
+    return {kind: classifier_folder(parent, kind, texts) for kind in (MBERT, XLMR)}
+
+
+@pytest.fixture(scope="module", params=[MBERT, XLMR])
+def classifier(request, folders):
+    return Classifier(folders[request.param])
+
+
+# Against the method's own package.
+
+
+def package_words(folder, texts: list[str]) -> list[tuple[str, float]]:
+    """(word, probability) as `llmlingua` itself computes them while it compresses."""
+    compressor_module = pytest.importorskip("llmlingua.prompt_compressor", reason='needs pip install -e ".[peers]"')
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    original = compressor_module.tiktoken.encoding_for_model
+    compressor_module.tiktoken.encoding_for_model = lambda name: types.SimpleNamespace(encode=lambda word: [0])  # a download otherwise
+    try:
+        compressor = compressor_module.PromptCompressor(str(folder), device_map="cpu", use_llmlingua2=True)
+    finally:
+        compressor_module.tiktoken.encoding_for_model = original
+        torch.set_rng_state(states[0]), np.random.set_state(states[1]), random.setstate(states[2])  # which it seeds anew
+    probabilities, name = [], "_PromptCompressor__token_prob_to_word_prob"
+    means = getattr(compressor, name)
+    setattr(compressor, name, lambda *a, **k: probabilities.append(means(*a, **k)) or probabilities[-1])
+    labelled = compressor.compress_prompt_llmlingua2(texts, rate=0.5, return_word_label=True, word_sep="\n", label_sep="\t")
+    words = [line.rsplit("\t", 1)[0] for line in labelled["fn_labeled_original_prompt"].split("\n")]
+    return list(zip(words, sum(probabilities, []), strict=True))
+
+
+def our_words(classifier: Classifier, texts: list[str]) -> list[tuple[str, float]]:
+    _, spans, _, word = classifier.words(texts)
+    keep, text = classifier.keep(texts), "".join(texts)
+    edges = np.flatnonzero(np.diff(word, prepend=-1, append=word[-1] + 1))
+    out = []
+    for first, last in zip(edges[:-1], edges[1:] - 1):
+        characters = range(spans[first, 0], spans[last, 1])
+        values = {keep[c] for c in characters if not text[c].isspace()}
+        assert len(values) <= 1, "one word, one probability"
+        out.append((text[characters.start : characters.stop].strip(), *values))
+    return [pair for pair in out if len(pair) == 2]
+
+
+PARITY = [
+    *TEXTS,
+    "Don't stop (yet); he's over-all \"well-read\", isn't he? 3.14, 1,000 and #7!",
+    "def f(x):\n    return x[0] + {'a': 1}['a']  # why not?\n\n\nf('b')",
+    prose(900, seed=0),
+    prose(1500, seed=8),
+]
+
+
+@pytest.mark.parametrize("kind", [MBERT, XLMR])
+def test_words_and_probabilities_are_the_packages(folders, kind):
+    theirs = package_words(folders[kind], PARITY)
+    classifier = Classifier(folders[kind])
+    own = our_words(classifier, PARITY)
+    assert [word for word, _ in own] == [word for word, _ in theirs if word] and len(own) > 2500
+    difference = max(abs(ours - its) for (_, ours), (_, its) in zip(own, (pair for pair in theirs if pair[0])))
+    if kind == XLMR:  # the package wraps its windows in [CLS] and [SEP], which XLM-R reads as <unk>
+        assert difference > 1e-2
+        classifier.tokenizer.cls_token = classifier.tokenizer.sep_token = "<unk>"
+        imitated = our_words(classifier, PARITY)
+        difference = max(abs(ours - its) for (_, ours), (_, its) in zip(imitated, (pair for pair in theirs if pair[0])))
+    assert difference <= 1e-5
+    assert np.ptp([p for _, p in own]) > 0.5, "probabilities that differ, so that equality says something"
+
+
+def test_the_package_overfills_a_window_that_a_full_stop_would_end_one_piece_late(folders):
+    """Its windows may reach 511 pieces; it then cuts off its own closing token, and the whole window reads otherwise."""
+    classifier, text = Classifier(folders[MBERT]), prose(1500, seed=1)
+    ids, _, starts, word = classifier.words([text])
+    assert classifier.ends_sentence[ids[510]] and classifier.windows(ids, starts, word)[0] == (0, 509)
+    theirs, own = package_words(folders[MBERT], [text]), our_words(classifier, [text])
+    assert [word for word, _ in own] == [word for word, _ in theirs]
+    assert max(abs(ours - its) for (_, ours), (_, its) in zip(own[:400], theirs)) > 1e-2
+
+
+def test_pieces_are_scored_as_transformers_own_encoding_scores_them(classifier):
+    """The special tokens are the model's own, whatever stands beside a text in its batch."""
+    texts = [*TEXTS, "Yes.", prose(60, seed=2)]
+    ids, _, starts, word = classifier.words(texts)
+    probabilities = classifier.probabilities(ids, starts, word)
+    for text, a, b in zip(texts, starts, starts[1:]):
+        encoded = classifier.tokenizer(text, return_tensors="pt")  # adds special tokens
+        assert encoded.input_ids[0, 1:-1].tolist() == ids[a:b].tolist()
+        with torch.no_grad():
+            alone = classifier.model(**encoded).logits[0].softmax(-1)[1:-1, 1]
+        np.testing.assert_allclose(probabilities[a:b], alone.numpy(), atol=1e-5)
+
+
+# Windows.
+
+
+def test_windows_end_at_a_full_stop_else_before_a_word_and_hold_every_piece_once(classifier):
+    texts = [prose(2000, seed=3), prose(1400, seed=4, stops=False), "x" * 1, "Short.", "", "a" * 3000 + " end."]
+    ids, spans, starts, word = classifier.words(texts)
+    windows, begins = classifier.windows(ids, starts, word), np.diff(word, prepend=-1) > 0
+    assert [place for a, b in windows for place in range(a, b)] == list(range(len(ids)))
+    inside_a_word = 0
+    for a, b in windows:
+        assert 0 < b - a <= 510
+        if b in starts:
+            continue
+        text = "".join(texts)
+        stops = [i for i in range(a, b) if text[spans[i, 0] : spans[i, 1]].strip() == "."]
+        if stops:
+            assert b == stops[-1] + 1 or any(text[slice(*spans[i])] == "." for i in range(a + 510, a + 511))
+        elif begins[a + 1 : a + 511].any():
+            assert begins[b]
+        else:
+            inside_a_word += 1
+            assert b - a == 510
+    assert len(windows) > 10
+    if classifier.model.config.model_type == "xlm-roberta":  # mBERT reads a word of 3,000 letters as one unknown piece
+        assert inside_a_word
+
+
+def test_a_long_answer_is_scored_window_by_window(classifier):
+    text = prose(2000, seed=5)
+    ids, _, starts, word = classifier.words([text])
+    probabilities = classifier.probabilities(ids, starts, word)
+    tokenizer = classifier.tokenizer
+    for a, b in classifier.windows(ids, starts, word):
+        alone = torch.tensor([[tokenizer.cls_token_id, *ids[a:b], tokenizer.sep_token_id]])
+        with torch.no_grad():
+            keep = classifier.model(input_ids=alone).logits[0].softmax(-1)[1:-1, 1]
+        np.testing.assert_allclose(probabilities[a:b], keep.numpy(), atol=1e-5)
+
+
+# Every character is judged, and finds its token.
+
+ODD = {
+    "emoji": "Yes 👍🏽, fine 👩‍👩‍👧 — ok 🇩🇪!",
+    "CJK": "海はなぜ塩辛い？ 雨と川 salt 물",
+    "accents": "Ça coûte cher à l’été; naïve Zoë e\u0301te\u0301.",
+    "code": "def f(x):\n\tif x:\n\t\treturn {'k': [1, 2]}\n    # ok\n",
+    "runs of spaces": "a    b \n\n\n  c\t\td  ",
+    "only one letter": "a",
+    "ligature and width": "ﬁne ｗｉｄｅ ½ ™",
+    "2,000 words": prose(2000, seed=6),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_every_character_but_white_space_is_judged(classifier, name):
+    text = ODD[name]
+    keep = classifier.keep([text])
+    judged = ~np.isnan(keep)
+    assert len(keep) == len(text)
+    space = np.array([c.isspace() for c in text])
+    assert not judged[space].any()
+    left_out = {c for c, was in zip(text, judged | space) if not was}
+    assert left_out <= {"\u200d"}, "only what the classifier's normalizer deletes, a zero-width joiner"
+    assert ((keep[judged] > 0) & (keep[judged] < 1)).all()
+
+
+def test_empty_and_blank_texts_disturb_nobody(classifier):
+    alone = classifier.keep(["Rain and rivers."])
+    among = classifier.keep(["", "Rain and rivers.", "", "  \n ", ""])
+    np.testing.assert_allclose(among[: len(alone)], alone, atol=1e-5)
+    assert np.isnan(among[len(alone) :]).all() and len(among) == len(alone) + 4
+    assert classifier.keep([]).shape == classifier.keep([""]).shape == (0,)
+
+
+def test_a_piece_out_of_vocabulary_keeps_its_own_probability_and_stays_out_of_its_words_mean(classifier):
+    text = "water一ing water"  # the character is in neither vocabulary
+    ids, spans, starts, word = classifier.words([text])
+    own = classifier.probabilities(ids, starts, word)
+    unknown = np.flatnonzero(ids == classifier.tokenizer.unk_token_id)
+    assert len(unknown) == 1 and text[slice(*spans[unknown[0]])] == "一"
+    keep = classifier.keep([text])
+    assert keep[5] == own[unknown[0]]
+    first = [i for i in range(len(ids)) if word[i] == 0 and i != unknown[0]]
+    assert keep[0] == pytest.approx(own[first].mean(), abs=1e-6)
+
+
+class Alphabet:
+    """A classifier that keeps a letter by its code point."""
+
+    def keep(self, texts):
+        return np.array([np.nan if c.isspace() else ord(c) / 0x110000 for text in texts for c in text])
+
+
+def tokens_characters(corpus, tokenizer, sample: int) -> list[set[int]]:
+    """For each response token of a sample, the characters of its answer that it holds a byte of; from the vocabulary, not from offsets."""
+    unicode_of_byte = {}  # byte-level BPE writes bytes as printable characters
+    spare = 256
+    for byte in range(256):
+        printable = 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255
+        unicode_of_byte[chr(byte if printable else spare)] = byte
+        spare += not printable
+    a, b = corpus.starts[sample], corpus.starts[sample + 1]
+    pieces = [tokenizer.backend.id_to_token(int(i)) for i in corpus.ids[a:b][corpus.kind[a:b] == RESPONSE]]
+    raw = b"".join(bytes(unicode_of_byte[c] for c in piece) for piece in pieces)
+    character_of_byte = [at for at, c in enumerate(raw.decode()) for _ in c.encode()]
+    out, start = [], 0
+    for piece in pieces:
+        out.append(set(character_of_byte[start : start + len(piece)]))
+        start += len(piece)
+    return out
+
+
+@pytest.mark.parametrize("trim", [False, True], ids=["", "offsets without spaces, as Llama 3's"])
+def test_a_token_scores_the_mean_of_its_characters(tmp_path, trim):
+    folder = tiny_folder(tmp_path / "model")
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": trim, "use_regex": False}
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = Tokenizer(folder, LlamaConfig.from_folder(folder).vocab_size)
+    rows = [{"prompt": "Käse 🧀?", "completion": text} for text in ODD.values()]
+    rows.append({"conversations": ["Hi 你好", "Yes 👍.", "And?", "  No, no.\n"]})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    corpus = load_corpus(tmp_path / "rows.jsonl", tokenizer, "plain", 4096)
+    scores = llmlingua2(corpus, Alphabet())
+    assert len(corpus) == len(rows) and np.isneginf(scores[corpus.kind != RESPONSE]).all()
+    split = blank = 0
+    for sample, row in enumerate(rows):
+        answers = [" " + row["completion"]] if "completion" in row else [" " + text for text in row["conversations"][1::2]]
+        text = "".join(answers)
+        a, b = corpus.starts[sample], corpus.starts[sample + 1]
+        mine = scores[a:b][corpus.kind[a:b] == RESPONSE]
+        holders = tokens_characters(corpus, tokenizer, sample)
+        assert len(holders) == len(mine)
+        for score, characters in zip(mine, holders):
+            values = [ord(text[c]) / 0x110000 for c in characters if not text[c].isspace()]
+            blank += not values
+            assert score == pytest.approx(np.mean(values)) if values else np.isneginf(score)
+        split += sum(a == b and len(a) == 1 for a, b in zip(holders, holders[1:]))
+    assert split > 10 and blank > 3, "characters split over tokens, and tokens of white space alone, did occur"
+
+
+def test_a_cut_answer_is_read_as_far_as_the_context_leaves_it(tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    tokenizer = Tokenizer(folder, LlamaConfig.from_folder(folder).vocab_size)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Hi", "completion": ODD["emoji"] * 9}))
+    corpus, read = load_corpus(tmp_path / "rows.jsonl", tokenizer, "plain", 60), []
+    classifier = types.SimpleNamespace(keep=lambda texts: read.extend(texts) or Alphabet().keep(texts))
+    scores = llmlingua2(corpus, classifier)
+    assert len(read) == 1 and (" " + ODD["emoji"] * 9).startswith(read[0]) and len(read[0]) > 5
+    assert np.isfinite(scores[-1]) or tokenizer.decode([int(corpus.ids[-1])]).isspace()
+
+
+def test_span_means_leave_out_what_is_not_judged():
+    values = np.array([1.0, np.nan, 3.0, 5.0])
+    np.testing.assert_array_equal(span_means(values, np.array([[0, 2], [1, 2], [0, 4], [2, 2]])), [1, -np.inf, 3, -np.inf])
+    third = np.float32(0.1)
+    one_word = np.full(7, third, np.float64)
+    assert len(set(span_means(one_word, np.array([[0, 1], [1, 4], [4, 7]])).tolist())) == 1, "tokens of one word score the same, to the bit"
+
+
+# Through the door that train.py uses.
+
+
+@pytest.fixture
+def corpus_and_folder(tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    rows = [{"prompt": "Why?", "completion": text} for text in TEXTS] + [{"conversations": ["a", "b c.", "d", "e f."]}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = Tokenizer(folder, LlamaConfig.from_folder(folder).vocab_size)
+    return load_corpus(tmp_path / "rows.jsonl", tokenizer, "plain", 512), folder
+
+
+def test_the_global_random_state_is_as_before(folders, corpus_and_folder):
+    corpus, _ = corpus_and_folder
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    for kind in folders:
+        assert groupers.label_corpus("llmlingua2", corpus, 0.7, llmlingua_model=folders[kind]).any()
+    assert torch.equal(before[0], torch.get_rng_state()) and random.getstate() == before[2]
+    assert (np.random.get_state()[1] == before[1]).all()
+
+
+def test_scores_are_reused_for_another_eta_and_made_again_for_another_model(folders, corpus_and_folder, tmp_path, monkeypatch):
+    corpus, cache, calls = corpus_and_folder[0], tmp_path / "cache", []
+    keep = Classifier.keep
+    monkeypatch.setattr(Classifier, "keep", lambda self, texts: calls.append(self) or keep(self, texts))
+    labels = [groupers.label_corpus("llmlingua2", corpus, eta, seed, folders[MBERT], cache) for eta in (0.3, 0.9) for seed in (0, 1)]
+    assert len(calls) == 1 and labels[0].sum() > labels[2].sum() and (labels[0] == labels[1]).all()
+    groupers.label_corpus("llmlingua2", corpus, 0.9, 0, folders[XLMR], cache)
+    assert len(calls) == 2
+    config = json.loads((folders[XLMR] / "config.json").read_text())
+    (folders[XLMR] / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-6}))
+    groupers.label_corpus("llmlingua2", corpus, 0.9, 0, folders[XLMR], cache)
+    assert len(calls) == 3
+    (folders[XLMR] / "config.json").write_text(json.dumps(config))
+
+
+# Mistakes.
+
+
+def test_without_transformers_the_message_names_the_install_command(monkeypatch, folders):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=re.escape('install it with: pip install -e ".[llmlingua]"')):
+        Classifier(folders[MBERT])
+
+
+def test_a_folder_that_is_no_such_classifier_is_refused(tmp_path, folders, corpus_and_folder):
+    transformers = pytest.importorskip("transformers")
+    shape = dict(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders[MBERT])
+    bad = {
+        "headless": (transformers.BertModel(transformers.BertConfig(**shape)), "no trained classifier"),
+        "three labels": (transformers.BertForTokenClassification(transformers.BertConfig(num_labels=3, **shape)), "bert with 3 labels"),
+    }
+    for name, (model, message) in bad.items():
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match=message):
+            Classifier(tmp_path / name)
+    with pytest.raises(ValueError, match="no token classifier here"):
+        Classifier(corpus_and_folder[1])
+    torch.save({}, tmp_path / "headless" / "pytorch_model.bin")
+    (tmp_path / "headless" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no token classifier here"):
+        Classifier(tmp_path / "headless")
+    with pytest.raises(ValueError, match="no such folder"):
+        groupers.score_corpus("llmlingua2", corpus_and_folder[0], llmlingua_model=str(tmp_path / "nowhere"))
