@@ -191,7 +191,7 @@ def token(corpus: Corpus, place: int, text: str, view: View) -> str:
     return f'<{tag} style="{shade}" title="score {score:.4g}, rank {rank:.0%}">{escape(text)}</{tag}>'
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="groupers.py",
         description="Show which tokens the groupers pick, in the terminal and, with --html, as a page.",
@@ -215,11 +215,13 @@ def parse_args() -> argparse.Namespace:
     flag("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="compute type of losses (default: bfloat16)")
     flag("--seed", default=0, type=int, help="of the random grouper (default: 0)")
     flag("--cache", type=Path, metavar="DIR", help="folder of tokens and scores to keep (default: none)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if unknown := [name for name in args.grouper if name not in NAMES]:
         parser.error(f"--grouper {','.join(args.grouper)}: no grouper {unknown[0]!r}; choose among {', '.join(NAMES)}")
     if "rho1" in args.grouper and not args.reference:
         parser.error("--grouper rho1 needs --reference, a model trained on data of the same domain")
+    if args.stats < 0:
+        parser.error(f"--stats {args.stats}: expected 0 or more")
     if args.html and not Path(args.html).absolute().parent.is_dir():
         parser.error(f"--html {args.html}: no such folder; create it first")
     return args

@@ -1,0 +1,205 @@
+"""look.py: what is marked is what is important, numbers that a hand can check, and data that stay text."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import TEXTS, tiny_folder
+
+import groupers
+import look
+import train
+from data import Tokenizer, load_corpus
+from model import Llama, LlamaConfig
+
+pytestmark = pytest.mark.fast
+EVIL = '<script>alert(1)</script> <img src=x onerror="x()"> </section></html> "q" \'a\' & &amp; \x1b[2J\x9b31m 👍🏽 海'
+ROWS = [
+    {"prompt": "Why?", "completion": TEXTS[0]},
+    {"prompt": EVIL, "completion": EVIL},
+    {"prompt": "dropped", "completion": ""},
+    {"conversations": ["a", "b b b c.", "d", "e f."]},
+]
+
+
+@pytest.fixture
+def here(tmp_path):
+    """A model with weights, and rows."""
+    folder = tiny_folder(tmp_path / "model")
+    Llama(LlamaConfig.from_folder(folder)).init_weights(0).save_pretrained(folder)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    return tmp_path
+
+
+@pytest.fixture
+def corpus(here):
+    return load_corpus(here / "rows.jsonl", Tokenizer(here / "model", 512), "plain", 512)
+
+
+def by_hand(corpus, important) -> look.View:
+    important = np.array(important)
+    return look.View("hand", important.astype(np.float32), important, np.where(important, 1.0, 0.5))
+
+
+def test_a_sample_is_shown_as_it_was_written(corpus):
+    for sample, row in enumerate((ROWS[0], ROWS[1])):
+        prompt, answer = look.pieces(corpus, sample)
+        assert prompt == f"User: {row['prompt']}\n\nAssistant:"
+        assert "".join(text for _, text in answer) == f" {row['completion']}■"
+        assert [place for place, _ in answer] == np.flatnonzero(corpus.loss_mask & (corpus.doc_ids == sample)).tolist()
+    prompt, answer = look.pieces(corpus, 2)
+    assert prompt == "User: a\n\nAssistant:" and "".join(text for _, text in answer) == " b b b c.■User: d\n\nAssistant: e f.■"
+
+
+def test_marks_are_around_the_important_tokens(corpus):
+    _, answer = look.pieces(corpus, 2)
+    important = np.zeros(len(corpus.ids), bool)
+    length = np.cumsum([len(text) for _, text in answer])
+    important[[place for (place, _), end in zip(answer, length) if end <= len(" b b")] + [answer[-1][0]]] = True
+    assert look.marked(corpus, answer, by_hand(corpus, important), colour=False) == " [b b] b c.■User: d\n\nAssistant: e f.[■]"
+    coloured = look.marked(corpus, answer, by_hand(corpus, important), colour=True)
+    on, off, dim = "\x1b[1;30;43m", "\x1b[0m", "\x1b[2m"
+    assert coloured == f" {on}b b{off} b c.■{dim}User: d\n\nAssistant:{off} e f.{on}■{off}"
+
+
+def test_the_terminal_obeys_no_control_character_of_the_data(corpus):
+    prompt, answer = look.pieces(corpus, 1)
+    shown = look.printable(prompt) + look.marked(corpus, answer, by_hand(corpus, np.zeros(len(corpus.ids), bool)), colour=False)
+    assert "\x1b" not in shown and "\x9b" not in shown and shown.count("�[2J�31m") == 2
+    assert look.printable("a\n\tb") == "a\n\tb"
+
+
+def test_shares_and_overlaps_worked_by_hand(corpus):
+    supervised = np.flatnonzero(corpus.loss_mask)
+    a, b = (np.zeros(len(corpus.ids), bool) for _ in range(2))
+    a[supervised[:10]] = b[supervised[5:13]] = True
+    first, second = by_hand(corpus, a), by_hand(corpus, b)
+    second.name = "other"
+    assert look.overlaps(first, [first, second]) == [1, 5 / 10] and look.overlaps(second, [first, second]) == [5 / 8, 1]
+    lines = look.summary(corpus, [first, second])
+    assert lines[0] == f"counted over 3 samples, {len(supervised):,} supervised tokens"
+    assert lines[1].startswith(f"  hand       {10 / len(supervised):6.1%} important; most often ")
+    assert lines[-2].split() == ["hand", "100%", "50%"] and lines[-1].split() == ["other", "62%", "100%"]
+    spelled = [corpus.text[slice(*corpus.spans[i])] for i in supervised[:10]]
+    best = max(spelled, key=spelled.count)
+    assert f"{best!r} {spelled.count(best) / 10:.1%}" in look.most_picked(corpus, first)
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text of what a reader sees as samples."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.text, self.inside = [], [], 0
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.inside += tag in ("section", "p")
+
+    def handle_endtag(self, tag):
+        self.inside -= tag in ("section", "p")
+
+    def handle_data(self, data):
+        if self.inside:
+            self.text.append(data)
+
+
+def test_data_stay_text_on_the_page(here, corpus):
+    args = arguments(here, "--grouper", "tfidf,random")
+    views = look.views(args, corpus, np.arange(3), Tokenizer(here / "model", 512))
+    html = look.page(corpus, [0, 1, 2], views, "<b>title</b>")
+    found = Page(html)
+    ours = {"html", "meta", "title", "style", "h1", "h2", "h3", "p", "span", "b", "div", "section", "table", "caption", "tr", "th", "td"}
+    assert {tag for tag, _ in found.tags} == ours
+    assert {name for _, attributes in found.tags for name in attributes} == {
+        "lang", "charset", "name", "content", "http-equiv", "class", "style", "title",
+    }  # fmt: skip
+    text = "".join(found.text)
+    assert text.count(f"{EVIL}■") == 2, "once for each grouper"
+    assert f"User: {EVIL}\n\nAssistant:" in text and "&lt;b&gt;title" in html
+    assert not re.search(r"(src|href)=|url\(|@import|https?:", re.sub(re.escape("src=x"), "", html)), "one file, which asks for no other"
+
+
+def test_every_token_of_an_answer_has_its_score_and_shade(here, corpus):
+    (view,) = look.views(arguments(here), corpus, np.arange(3), Tokenizer(here / "model", 512))
+    mask = corpus.loss_mask
+    assert (view.scores == groupers.tfidf(corpus)).all()
+    assert (view.important == groupers.label_corpus("tfidf", corpus, 0.5)).all()
+    assert np.isnan(view.rank[~mask | np.isneginf(view.scores)]).all()
+    for sample in range(3):
+        mine = mask & (corpus.doc_ids == sample) & (view.scores > -np.inf)
+        for place in np.flatnonzero(mine):
+            assert view.rank[place] == pytest.approx((view.scores[mine] <= view.scores[place]).mean())
+    _, answer = look.pieces(corpus, 0)
+    best = max((place for place, _ in answer), key=lambda place: view.scores[place])
+    cell = look.token(corpus, best, "x", view)
+    assert cell == f'<b style="background:rgb(38 110 190/0.60)" title="score {view.scores[best]:.4g}, rank 100%">x</b>'
+    assert look.token(corpus, answer[-1][0], "■", view) == '<span title="not judged">■</span>'
+    assert look.token(corpus, 0, "User", view) == '<span class="prompt">User</span>'
+
+
+def test_losses_are_those_of_the_model_and_rho1_takes_the_references_away(here, corpus):
+    phi = tiny_folder(here / "phi")
+    Llama(LlamaConfig.from_folder(phi)).init_weights(7).save_pretrained(phi)
+    samples = np.array([0, 2])
+    args = arguments(here, "--grouper", "loss,rho1", "--reference", str(phi), "--dtype", "float32")
+    loss, rho1 = look.views(args, corpus, samples, Tokenizer(here / "model", 512))
+    chosen = corpus.take(samples)
+    theta_nll, phi_nll = (train.corpus_nll(Llama.from_pretrained(folder), chosen, 512) for folder in (here / "model", phi))
+    np.testing.assert_allclose(loss.scores, theta_nll, atol=1e-5)
+    np.testing.assert_allclose(rho1.scores, theta_nll - phi_nll, atol=1e-5)
+    assert loss.important.any() and (loss.important != rho1.important).any()
+
+
+def arguments(here, *more):
+    flags = ["--data", str(here / "rows.jsonl"), "--model", str(here / "model"), "--eta", "0.5", *more]
+    return look.parse_args(flags)
+
+
+def said(here, *more) -> subprocess.CompletedProcess:
+    command = [sys.executable, "groupers.py", "--data", here / "rows.jsonl", "--model", here / "model", "--eta", "0.5", *more]
+    return subprocess.run([*map(str, command)], cwd=Path(look.__file__).parent, capture_output=True, text=True)
+
+
+def test_the_program_prints_samples_and_writes_a_page(here):
+    done = said(here, "--grouper", "tfidf,frequency", "--html", here / "page.html")
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line[:1] == "═"] == ["══ row 1 ══", "══ row 2 ══", "══ row 4 ══"]
+    assert done.stdout.count("── tfidf: ") == 3 and "[" in done.stdout and "\x1b" not in done.stdout
+    assert re.search(r"^  frequency +\d+\.\d% important", done.stdout, re.M) and f"wrote {here / 'page.html'}" in done.stdout
+    one = said(here, "--row", 4)
+    assert "══ row 4 ══\nUser: a" in one.stdout and one.stdout.count("══ row") == 1 and "counted over 3 samples" in one.stdout
+    assert "counted over 2 samples" in said(here, "--row", 4, "--stats", 1).stdout
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--grouper", "tfdif"], "no grouper 'tfdif'; choose among random, frequency, tfidf"),
+        (["--grouper", "none"], "no grouper 'none'"),
+        (["--grouper", "rho1"], "--grouper rho1 needs --reference"),
+        (["--row", "3"], "row 3 is not among the 3 samples"),
+        (["--eta", "9"], "eta is 9.0, expected a percentile"),
+        (["--html", "absent/page.html"], "no such folder; create it first"),
+        (["--data", "absent"], "absent: no such file"),
+        (["--stats", "-1"], "--stats -1: expected 0 or more"),
+    ],
+)
+def test_a_mistake_gets_one_line(here, flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["groupers.py", "--data", str(here / "rows.jsonl"), "--model", str(here / "model"), *flags])
+    with pytest.raises(SystemExit) as e:
+        look.main()
+    assert message in (e.value.code if isinstance(e.value.code, str) else capsys.readouterr().err)
+
+
+def test_ranks_and_views_leave_the_global_random_state_alone(here, corpus):
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    look.views(arguments(here, "--grouper", "random,loss"), corpus, np.arange(3), Tokenizer(here / "model", 512))
+    assert torch.equal(before[0], torch.get_rng_state()) and (np.random.get_state()[1] == before[1]).all()
