@@ -80,16 +80,23 @@ def tfidf(corpus: Corpus) -> np.ndarray:
     A document is a sample's prompt and response text; scikit-learn's `TfidfVectorizer` has the same idf, and its
     normalization of each document would change no rank within it.
     """
-    judged = np.flatnonzero(judgeable(corpus))
-    V = int(corpus.ids.max()) + 1
-    pair = corpus.doc_ids[judged] * V + corpus.ids[judged]  # a number for each (sample, token)
-    order = pair.argsort()
-    pair = pair[order]
-    first = np.flatnonzero(np.diff(pair, prepend=-1))  # where each pair's run of equal numbers begins
-    count, token = np.diff(first, append=len(pair)), pair[first] % V
-    idf = np.log((1 + len(corpus)) / (1 + np.bincount(token, minlength=V))) + 1  # (V,)
+    place = np.flatnonzero(judgeable(corpus))
+    n = np.diff(np.searchsorted(place, corpus.starts))  # (N,) judged tokens of each sample
+    start = np.repeat(corpus.starts[:-1], n)
+    # (sample, token id, place in the sample) as one whole number each: a single sort brings equal tokens of a sample together.
+    id_bits, place_bits = int(corpus.ids.max()).bit_length(), int(corpus.lengths.max()).bit_length()
+    key = np.repeat(np.arange(len(corpus)) << id_bits, n)
+    key += corpus.ids[place]
+    key <<= place_bits
+    key |= place - start
+    key.sort()
+    place = start + (key & ((1 << place_bits) - 1))
+    key >>= place_bits
+    first = np.flatnonzero(np.append(True, key[1:] != key[:-1]))  # where each run of equal (sample, token id) begins
+    count, token = np.diff(first, append=len(key)), key[first] & ((1 << id_bits) - 1)
+    idf = np.log((1 + len(corpus)) / (1 + np.bincount(token))) + 1  # (V,)
     scores = np.full(len(corpus.ids), -np.inf, np.float32)
-    scores[judged[order]] = np.repeat(count * idf[token], count)
+    scores[place] = np.repeat((count * idf[token]).astype(np.float32), count)
     return scores
 
 
@@ -250,7 +257,7 @@ class Classifier:
     def windows(self, ids: np.ndarray, starts: np.ndarray, word: np.ndarray) -> list[tuple[int, int]]:
         """Each text cut after the last full stop that leaves at most WINDOW pieces, else before a word, else anywhere.
 
-        The method's package cuts at the same stops, but lets a window hold 511 where one stands there, and then loses its own closing token.
+        The method's package cuts at the same stops, but a stop may come 511th there; it then loses its own closing token.
         """
         stops = [np.flatnonzero(self.ends_sentence[ids]) + 1, np.flatnonzero(np.diff(word, prepend=-1))]
         out = []

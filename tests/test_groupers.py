@@ -218,9 +218,9 @@ def test_tfidf_ranks_equal_scikit_learns_on_lima(lima):
     raw_rows, default_rows = raw.fit_transform(documents), default.fit_transform(documents)
     for i, (a, b) in enumerate(spans):
         mine, columns = ours[a:b][judged[a:b]], [raw.vocabulary_[t] for t in documents[i]]
-        np.testing.assert_allclose(mine, raw_rows[[i]].toarray()[0, columns], rtol=1e-12)
+        np.testing.assert_allclose(mine, raw_rows[[i]].toarray()[0, columns], rtol=1e-6)
         ratio = mine / default_rows[[i]].toarray()[0, columns]
-        np.testing.assert_allclose(ratio, ratio[0], rtol=1e-9)  # one factor a document: the same ranks
+        np.testing.assert_allclose(ratio, ratio[0], rtol=1e-6)  # one factor a document: the same ranks
 
 
 def test_on_lima_the_important_share_is_somewhat_above_one_minus_eta(lima):
