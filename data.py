@@ -428,8 +428,8 @@ def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: 
 
     if not path.is_file():
         make()  # which says what is wrong
-    digests = [hashlib.sha256(raw).hexdigest() for raw in (path.read_bytes(), tokenizer.raw, Path(__file__).read_bytes())]
-    key = [*digests, tokenizer.bos, tokenizer.end, template, context]  # this file too: it holds the templates
+    digests = [hashlib.sha256(raw).hexdigest() for raw in (path.read_bytes(), tokenizer.raw)]
+    key = [*digests, source("data"), tokenizer.bos, tokenizer.end, template, context]  # this file too: it holds the templates
     arrays, about = cached(cache, "tokens", key, make)
     return Corpus(**arrays | {"text": arrays["text"].tobytes().decode()}, **about)
 
@@ -465,6 +465,11 @@ def cached(folder: Path | None, kind: str, key: list, make: Callable[[], tuple[A
     write_safetensors(part, tensors, {"key": key, "sha256": digest(arrays), "about": json.dumps(about)})
     part.replace(path)
     return arrays, about
+
+
+def source(*modules: str) -> str:
+    """SHA-256 of files of this program, for keys of what they made."""
+    return hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in modules)).hexdigest()
 
 
 def digest(arrays: Arrays, text: str = "") -> str:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import PROMPT, RESPONSE, Batch, Corpus, cached, ragged
+from data import PROMPT, RESPONSE, Batch, Corpus, cached, ragged, source
 from model import resolve
 
 GROUPERS = ("none", "random", "frequency", "tfidf", "llmlingua2", "loss", "rho1")
@@ -287,7 +287,7 @@ def score_corpus(grouper: str, corpus: Corpus, seed: int = 0, llmlingua_model: s
         device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = resolve(llmlingua_model)
         model, score = [content(folder), device], lambda corpus: llmlingua2(corpus, Classifier(folder, device))
-    key = [grouper, corpus.digest, hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), *model]
+    key = [grouper, corpus.digest, source("groupers"), *model]
     return cached(cache, "scores", key, lambda: ({"scores": score(corpus)}, {}))[0]["scores"]
 
 

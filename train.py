@@ -226,7 +226,9 @@ def reference_nll(cfg: Config, corpus: Corpus, cache: Path | None, device: torch
     def make() -> tuple[data.Arrays, dict]:
         return {"nats": corpus_nll(Llama.from_pretrained(folder, dtype, dtype, device), corpus, cfg.micro_batch_tokens)}, {}
 
-    return data.cached(cache, "reference", [corpus.digest, groupers.content(folder), cfg.dtype], make)[0]["nats"]
+    return data.cached(cache, "reference", [corpus.digest, groupers.content(folder), cfg.dtype, data.source("model", "sftgo")], make)[0][
+        "nats"
+    ]
 
 
 @torch.no_grad()

@@ -79,9 +79,7 @@ def tfidf() -> None:
     (ours, _), (both, _) = timed(lambda: groupers.tfidf(corpus), 7), timed(grouped, 7)
     (alone, _), (each, _) = timed(matrix, 3), timed(per_token, 3)
     print(f"            a score for each token {ours:.3f} s, and groups {both:.3f} s")
-    print(
-        f"            TfidfVectorizer's matrix {alone:.3f} s ({alone / ours:.1f}x), read out for each token {each:.3f} s ({each / ours:.1f}x)"
-    )
+    print(f"            TfidfVectorizer's matrix {alone:.3f} s ({alone / ours:.1f}x), read out by token {each:.3f} s ({each / ours:.1f}x)")
 
 
 def answers(corpus: Corpus, pieces: int, rng: np.random.Generator) -> list[str]:

@@ -54,7 +54,8 @@ def samples(corpus) -> list[list[int]]:
 
 
 def same(a, b) -> bool:
-    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("ids", "kind", "starts"))
+    arrays = all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("ids", "kind", "starts", "spans", "rows"))
+    return arrays and (a.text, a.template, a.counts) == (b.text, b.template, b.counts)
 
 
 def marked(tokenizer, corpus, i=0) -> str:
@@ -287,6 +288,47 @@ def test_long_text_is_cut_into_pieces_that_together_train_on_each_token_once(cor
 
 
 @pytest.mark.fast
+def test_each_token_knows_its_characters_and_each_sample_its_row(corpus_of):
+    rows = [
+        {"conversations": ["Ça va 👍?", "Oui, 海.", "And\n\nthen", "  No."]},
+        {"conversations": ["never answered"]},
+        {"conversations": ["b", "c d e."]},
+    ]
+    corpus = corpus_of(rows)
+    assert corpus.rows.tolist() == [1, 3]
+    assert corpus.text == "User: Ça va 👍?\n\nAssistant: Oui, 海.User: And\n\nthen\n\nAssistant:   No.User: b\n\nAssistant: c d e."
+    for sample, answers in enumerate([[" Oui, 海.", "   No."], [" c d e."]]):
+        a, b = corpus.starts[sample : sample + 2]
+        kind, spans = corpus.kind[a:b], corpus.spans[a:b]
+        assert (spans[kind == END, 0] == spans[kind == END, 1]).all() and spans[0, 0] == spans[0, 1]
+        edges = np.flatnonzero(np.diff(kind == RESPONSE)) + 1
+        turns = [corpus.text[spans[i, 0] : spans[j - 1, 1]] for i, j in edges.reshape(-1, 2)]
+        assert turns == answers
+        for i, j in edges.reshape(-1, 2):  # without a gap; the bytes of one character share its place
+            assert all(now == before or now[0] == before[1] for before, now in zip(spans[i : j - 1].tolist(), spans[i + 1 : j].tolist()))
+
+
+@pytest.mark.fast
+def test_some_samples_taken_by_themselves_keep_what_is_theirs(corpus_of):
+    rows = [{"prompt": f"Why {n}?", "completion": f"Because of {n} 👍." * n} for n in range(1, 6)]
+    corpus, alone = corpus_of(rows), corpus_of(rows[3:4])
+    taken = corpus.take(np.array([3, 1]))
+    assert len(taken) == 2 and taken.rows.tolist() == [4, 2] and samples(taken) == [samples(corpus)[3], samples(corpus)[1]]
+    assert samples(taken)[0] == samples(alone)[0] and taken.kind[: taken.starts[1]].tolist() == alone.kind.tolist()
+    texts = [[corpus.text[a:b] for a, b in c.spans[: c.starts[1]]] for c in (taken, alone)]
+    assert texts[0] == [alone.text[a:b] for a, b in alone.spans] and len({corpus.digest, taken.digest, alone.digest}) == 3
+
+
+@pytest.mark.fast
+def test_pieces_of_a_long_text_keep_their_row_and_their_characters(corpus_of):
+    rows = [{"text": "one two three four five six seven"}, {"text": "eight"}]
+    corpus = corpus_of(rows, context=6)
+    assert set(corpus.rows.tolist()) == {1, 2} and corpus.rows.tolist() == sorted(corpus.rows.tolist()) and len(corpus) > 3
+    read = "".join(corpus.text[a:b] for a, b in corpus.spans)
+    assert read == "".join(row["text"] for row in rows)
+
+
+@pytest.mark.fast
 def test_the_order_of_an_epoch_is_a_permutation_made_from_seed_and_epoch():
     orders = {(s, e): epoch_order(10, 4, s, e, drop_last=False) for s in range(3) for e in range(3)}
     for (seed, epoch), steps in orders.items():
@@ -350,7 +392,7 @@ def test_a_second_load_reads_the_cache_and_any_change_misses_it(tmp_path, corpus
         for change in (dict(rows=rows * 2), dict(template="llama3"), dict(context=4095)):
             with pytest.raises(NameError, match="tokenize"):
                 corpus_of(**{"rows": rows, "cache": cache, **change})
-        edited = tmp_path / "edited.py"
+        edited = tmp_path / "data.py"
         edited.write_text(Path(data.__file__).read_text() + "# another template\n")
         patched.setattr(data, "__file__", str(edited))
         with pytest.raises(NameError, match="tokenize"):

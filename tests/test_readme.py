@@ -54,6 +54,14 @@ def test_the_readmes_plan_is_the_one_that_is_printed():
     assert "".join(f"    {line}\n" for line in done.stdout.splitlines()) in README
 
 
+def test_the_readmes_look_at_tokens_writes_its_page(tmp_path):
+    (command,) = re.findall(r"^python groupers\.py (.+)$", README, re.M)
+    done = subprocess.run([sys.executable, ROOT / "groupers.py", *command.split()], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("══ row") == 3, done.stderr
+    page = (tmp_path / "tokens.html").read_text(encoding="utf-8")
+    assert all(f"<h3>{name}</h3>" in page for name in ("tfidf", "frequency", "loss"))
+
+
 @pytest.mark.fast
 def test_the_demos_base_is_refused_the_llama3_template():
     tokenizer = data.Tokenizer(recipes.DEMO / "base", 4096)
@@ -85,6 +93,7 @@ def test_every_file_and_flag_the_readme_names_exists():
     import train
 
     flags = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(train.Config)}
+    flags |= {"--html", "--row", "--stats"}  # of groupers.py
     ours = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README)) - {"--help"}
     assert ours <= flags, ours - flags
     for name in re.findall(r"`((?:[a-z0-9_]+/)*[a-z0-9_]+\.(?:py|md|jsonl|toml))`", README):
