@@ -164,7 +164,6 @@ class Classifier:
     """
 
     WINDOW = 510  # pieces it reads at a time, besides its own two special tokens
-    BATCH = 16384  # pieces in one forward pass, about
 
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu"):
         try:
@@ -172,6 +171,7 @@ class Classifier:
         except ImportError as e:
             raise ValueError('--grouper llmlingua2 runs a BERT by transformers; install it with: pip install -e ".[llmlingua]"') from e
         self.device = torch.device(device)
+        self.batch_pieces = 32768 if self.device.type == "cuda" else 2048  # padding included; a CPU gains nothing from more
         try:
             model, report = AutoModelForTokenClassification.from_pretrained(
                 folder, dtype=self.dtype, use_safetensors=True, output_loading_info=True
@@ -226,9 +226,7 @@ class Classifier:
         spans = [np.array(e.offsets, np.int64).reshape(-1, 2) + at for e, at in zip(encodings, shift)]
         spans = np.concatenate([np.zeros((0, 2), np.int64), *spans])
         spans[:, 1] = np.where(self.blank[ids], spans[:, 0], spans[:, 1])
-        begins = self.begins[ids]
-        begins[starts[:-1][np.diff(starts) > 0]] = True
-        return ids, spans, starts, begins.cumsum() - 1
+        return ids, spans, starts, self.begins[ids].cumsum() - 1
 
     @torch.no_grad()
     def probabilities(self, ids: np.ndarray, starts: np.ndarray, word: np.ndarray) -> np.ndarray:
@@ -238,7 +236,7 @@ class Classifier:
         with tqdm(total=len(ids), desc="llmlingua2", unit="piece", unit_scale=True, disable=None, leave=False) as bar:
             while windows:
                 longest = windows[0][1] - windows[0][0]
-                rows = max(1, self.BATCH // (longest + 2))
+                rows = max(1, self.batch_pieces // (longest + 2))
                 batch, windows = np.array(windows[:rows]), windows[rows:]
                 length = batch[:, 1] - batch[:, 0]
                 inside = np.arange(longest) < length[:, None]  # (rows, longest)
@@ -264,7 +262,7 @@ class Classifier:
         for start, end in zip(starts[:-1], starts[1:]):
             while end - start > self.WINDOW:
                 latest = (places[np.searchsorted(places, start + self.WINDOW, "right") - 1] for places in stops if len(places))
-                stop = next((stop for stop in latest if start < stop <= start + self.WINDOW), start + self.WINDOW)
+                stop = next((stop for stop in latest if stop > start), start + self.WINDOW)
                 out.append((start, stop))
                 start = stop
             if start < end:

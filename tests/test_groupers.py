@@ -11,6 +11,7 @@ import torch
 from stories260k import SHARED
 from tiny import tiny_folder
 
+import data
 import groupers
 from data import END, PROMPT, RESPONSE, TEMPLATE, Corpus, Tokenizer, load_corpus, micro_batches
 from groupers import important
@@ -50,7 +51,7 @@ def test_important_follows_the_threshold_rule(seed):
     rng = python_random.Random(seed)
     lengths = [rng.randint(1, 12) for _ in range(rng.randint(1, 6))]
     doc_ids = [d for d, n in enumerate(lengths) for _ in range(n)]
-    scores = [rng.choice([0.0, 0.5, 1.0, 2.0, -math.inf, rng.random()]) for _ in doc_ids]
+    scores = [rng.choice([0.0, -0.0, 0.5, 1.0, -1.0, -2.0, -math.inf, rng.random() - 0.5]) for _ in doc_ids]
     loss_mask = [rng.random() < 0.7 for _ in doc_ids]
     for eta in (0.0, 0.25, 0.5, 0.7, 0.9, 1.0):
         got = important(torch.tensor(scores), torch.tensor(loss_mask), torch.tensor(doc_ids), eta)
@@ -166,13 +167,17 @@ def test_scores_are_kept_under_the_corpus_and_the_grouper_and_never_eta(tmp_path
     groupers.score_corpus(grouper, corpus_of(sentence(1, 2, 3), sentence(1, 4, 5)), cache=tmp_path)
     groupers.score_corpus("frequency" if grouper == "tfidf" else "tfidf", corpus, cache=tmp_path)
     assert len(calls) == 1 + 15 + 1 and len(list(tmp_path.iterdir())) == 3
+    monkeypatch.setattr(groupers, "source", lambda *modules: "the same file, edited")
+    groupers.score_corpus(grouper, corpus, cache=tmp_path)
+    assert len(calls) == 1 + 15 + 2
 
 
 @pytest.mark.fast
 def test_two_runs_that_score_at_once_do_no_harm(tmp_path, monkeypatch):
     corpus = corpus_of(sentence(1, 2, 3), sentence(1, 4, 4))
     expected, together = groupers.tfidf(corpus), threading.Barrier(4)
-    monkeypatch.setattr(groupers, "tfidf", lambda corpus: (together.wait(30), expected)[1])
+    write = data.write_safetensors
+    monkeypatch.setattr(data, "write_safetensors", lambda *given: (write(*given), together.wait(30)))  # all write, then all rename
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: groupers.score_corpus("tfidf", corpus, cache=tmp_path), range(4)))
     assert all((scores == expected).all() for scores in found)

@@ -154,6 +154,13 @@ def test_windows_end_at_a_full_stop_else_before_a_word_and_hold_every_piece_once
         assert inside_a_word
 
 
+def test_a_window_may_be_full(folders):
+    classifier = Classifier(folders[MBERT])
+    ids, _, starts, word = classifier.words(["a " * 509 + ". b c", "a " * 515])
+    assert starts.tolist() == [0, 512, 1027]
+    assert classifier.windows(ids, starts, word) == [(0, 510), (510, 512), (512, 1022), (1022, 1027)]
+
+
 def test_a_long_answer_is_scored_window_by_window(classifier):
     text = prose(2000, seed=5)
     ids, _, starts, word = classifier.words([text])
@@ -191,6 +198,11 @@ def test_every_character_but_white_space_is_judged(classifier, name):
     left_out = {c for c, was in zip(text, judged | space) if not was}
     assert left_out <= {"\u200d"}, "only what the classifier's normalizer deletes, a zero-width joiner"
     assert ((keep[judged] > 0) & (keep[judged] < 1)).all()
+    assert (keep[judged] == keep[judged].astype(np.float32)).all(), "so that a mean over equal ones is exactly that"
+
+
+def test_what_the_classifiers_normalizer_deletes_is_not_judged(folders):
+    assert np.isnan(Classifier(folders[MBERT]).keep(["a \x01 b"])).tolist() == [False, True, True, True, False]
 
 
 def test_empty_and_blank_texts_disturb_nobody(classifier):

@@ -727,6 +727,8 @@ def test_rho1_trains_against_a_reference_that_is_gone_by_then(folder, rows, tmp_
 
     eq3 = metrics(run(folder, rows, *flags, "--out", tmp_path / "d"))
     assert eq3[0]["important"] == pytest.approx(first[0]["important"], abs=1e-5), "the same groups, in Eq. 3"
+    other = metrics(run(folder, rows, *flags, "--reference", tmp_path / "a" / "model", "--out", tmp_path / "e"))
+    assert abs(other[0]["important"] - eq3[0]["important"]) > 1e-3, "another reference, other groups"
     assert eq3[0]["loss"] == pytest.approx(0.1 * eq3[0]["ce"] + 0.9 * max(eq3[0]["important"], eq3[0]["unimportant"]), abs=1e-5)
 
 
