@@ -143,6 +143,8 @@ def test_every_token_of_an_answer_has_its_score_and_shade(here, corpus):
     assert cell == f'<b style="background:rgb(38 110 190/0.60)" title="score {view.scores[best]:.4g}, rank 100%">x</b>'
     assert look.token(corpus, answer[-1][0], "■", view) == '<span title="not judged">■</span>'
     assert look.token(corpus, 0, "User", view) == '<span class="prompt">User</span>'
+    for place in (0, best, answer[-1][0]):  # a prompt's, a judged and an unjudged token
+        assert "&lt;br&gt;&amp;" in look.token(corpus, place, "<br>&", view)
 
 
 def test_losses_are_those_of_the_model_and_rho1_takes_the_references_away(here, corpus):
