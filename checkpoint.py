@@ -40,9 +40,10 @@ def finished(cfg) -> bool:
     before = about.get("config")
     if about.keys() != {"config", "versions", "git_commit"} or not isinstance(before, dict) or "lam_max" not in before:
         raise ValueError(f"{out}: not empty, and not a run of this program; choose another --out")
-    for flag, path in (("--model", cfg.model), ("--data", cfg.data)):
-        if Path(path).resolve().is_relative_to(out.resolve()):
-            raise ValueError(f"{out}: {flag} {path} lies in it; choose another --out")
+    for name in ("model", "data", "reference", "llmlingua_model"):
+        path = getattr(cfg, name)
+        if path and Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"{out}: --{name.replace('_', '-')} {path} lies in it; choose another --out")
     if cfg.overwrite:
         return False
     elsewhere = "choose another --out, or --overwrite"

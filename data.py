@@ -24,16 +24,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import tokenizers
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from model import Layout, download, read_json, read_tensor, weight_files, write_json, write_safetensors
+from cache import Arrays, cached, digest, source
+from model import Layout, download, read_json, read_tensor, weight_files, write_json
 
 TEMPLATE, PROMPT, RESPONSE, END, SPECIAL = range(5)  # what a piece of text is; SPECIAL is stored as TEMPLATE
 TOKENIZED = (TEMPLATE, PROMPT, RESPONSE)  # the others are one token each, given by name
@@ -421,7 +420,7 @@ def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: 
     """
     path = Path(path)
 
-    def make() -> tuple[dict[str, np.ndarray], dict]:
+    def make() -> tuple[Arrays, dict]:
         corpus = build_corpus(path, tokenizer, template, context)
         arrays = {name: getattr(corpus, name) for name in ("ids", "kind", "starts", "spans", "rows")}
         return arrays | {"text": np.frombuffer(corpus.text.encode(), np.uint8)}, {"template": corpus.template, "counts": corpus.counts}
@@ -432,53 +431,6 @@ def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: 
     key = [*digests, source("data"), tokenizer.bos, tokenizer.end, template, context]  # this file too: it holds the templates
     arrays, about = cached(cache, "tokens", key, make)
     return Corpus(**arrays | {"text": arrays["text"].tobytes().decode()}, **about)
-
-
-Arrays = dict[str, np.ndarray]
-
-
-def cached(folder: Path | None, kind: str, key: list, make: Callable[[], tuple[Arrays, dict]]) -> tuple[Arrays, dict]:
-    """make(), arrays and facts about them, or what an earlier run left of it in `folder` under the same key.
-
-    An entry that is damaged, or was written for another key, is made again with a notice. A writer renames a whole file
-    into place, so two of them at once do no harm.
-    """
-    if folder is None:
-        return make()
-    key = json.dumps(key)
-    path = folder / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
-    if path.is_file():
-        try:
-            with safe_open(path, framework="np") as f:
-                found, arrays = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}
-            if found.get("key") != key:
-                raise ValueError("not what its name says")
-            if found["sha256"] != digest(arrays):
-                raise ValueError("its bytes have changed")
-            return arrays, json.loads(found["about"])
-        except (SafetensorError, OSError, KeyError, ValueError) as e:
-            print(f"{path}: damaged, or another's ({e}); made again")
-    arrays, about = make()
-    folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{uuid4().hex}.part")
-    tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    write_safetensors(part, tensors, {"key": key, "sha256": digest(arrays), "about": json.dumps(about)})
-    part.replace(path)
-    return arrays, about
-
-
-def source(*modules: str) -> str:
-    """SHA-256 of files of this program, for keys of what they made."""
-    return hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in modules)).hexdigest()
-
-
-def digest(arrays: Arrays, text: str = "") -> str:
-    """SHA-256 of what the arrays hold, and of a text."""
-    sha = hashlib.sha256(text.encode())
-    for name, array in sorted(arrays.items()):
-        sha.update(f"{name} {array.dtype} {array.shape} ".encode())
-        sha.update(np.ascontiguousarray(array))
-    return sha.hexdigest()
 
 
 def build_corpus(path: Path, tokenizer: Tokenizer, template: str, context: int) -> Corpus:
@@ -497,7 +449,7 @@ def build_corpus(path: Path, tokenizer: Tokenizer, template: str, context: int) 
                 texts.append(written(document))
                 at += len(texts[-1])
                 if template == "text":
-                    samples += cut(context, ids, kind, spans)
+                    samples += cut(ids, kind, spans, context)
                 elif (kind[:context] >= RESPONSE).any():
                     samples.append((ids[:context], kind[:context], spans[:context]))
                     counts["cut at the context length"] += len(ids) > context
@@ -566,10 +518,14 @@ def require_trained_headers(folder: Path, tokenizer: Tokenizer) -> None:
         )
 
 
-def cut(context: int, *arrays: np.ndarray) -> list[Tokens]:
-    """A long text as pieces of at most `context` tokens, each with the BOS that the document begins with."""
-    at = range(1, len(arrays[0]), context - 1)
-    return [tuple(np.concatenate([a[:1], a[i : i + context - 1]]) for a in arrays) for i in at]
+def cut(ids: np.ndarray, kind: np.ndarray, spans: np.ndarray, context: int) -> list[Tokens]:
+    """A long text as pieces of at most `context` tokens, each with the BOS that `ids` begins with."""
+    pieces = []
+    for i in range(1, len(ids), context - 1):
+        piece = slice(i, i + context - 1)
+        bos_spans = np.full((1, 2), spans[i, 0])  # an empty one, where the piece begins
+        pieces.append(tuple(map(np.concatenate, ((ids[:1], ids[piece]), (kind[:1], kind[piece]), (bos_spans, spans[piece])))))
+    return pieces
 
 
 def chunks(documents: list, characters: int) -> Iterator[list]:
@@ -595,7 +551,7 @@ class Batch:
     tokens: Tensor  # (1, T) int64, what the model reads
     targets: Tensor  # (T,) int64, the next token of the same sample
     loss_mask: Tensor  # (T,) bool, True where the target is trained on
-    known: Tensor  # (T,) what is known of the target before the step: a static grouper's verdict (bool), or rho1's reference nats
+    known: Tensor  # (T,) what the labeller is told of the target: a static grouper's verdict (bool), or rho1's reference nats
     doc_ids: Tensor  # (T,) int64, 0 ... samples - 1, never falling
     layout: Layout
 

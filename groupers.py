@@ -18,17 +18,19 @@ A static grouper scores the whole corpus once, one float per token, higher is mo
 T tokens of a packed row or of a whole corpus, N samples, V token ids, P word pieces of a classifier's tokenizer.
 """
 
-import hashlib
+import importlib.util
 import string
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import PROMPT, RESPONSE, Batch, Corpus, cached, ragged, source
+from cache import cached, content, source
+from data import PROMPT, RESPONSE, Batch, Corpus, ragged
 from model import resolve
 
 GROUPERS = ("none", "random", "frequency", "tfidf", "llmlingua2", "loss", "rho1")
@@ -156,6 +158,11 @@ def span_means(values: np.ndarray, spans: np.ndarray) -> np.ndarray:
     return np.where(count, total / np.maximum(count, 1), -np.inf)
 
 
+def need_transformers() -> None:
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError('--grouper llmlingua2 runs a BERT by transformers; install it with: pip install -e ".[llmlingua]"')
+
+
 class Classifier:
     """A published LLMLingua-2 token classifier (Pan et al., Findings of ACL 2024), mBERT or XLM-R; label 1 is "keep".
 
@@ -166,28 +173,30 @@ class Classifier:
     WINDOW = 510  # pieces it reads at a time, besides its own two special tokens
 
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu"):
-        try:
-            from transformers import AutoModelForTokenClassification, AutoTokenizer
-        except ImportError as e:
-            raise ValueError('--grouper llmlingua2 runs a BERT by transformers; install it with: pip install -e ".[llmlingua]"') from e
+        need_transformers()
+        from transformers import AutoModelForTokenClassification, AutoTokenizer
+
         self.device = torch.device(device)
         self.batch_pieces = 32768 if self.device.type == "cuda" else 2048  # padding included; a CPU gains nothing from more
         try:
             model, report = AutoModelForTokenClassification.from_pretrained(
-                folder, dtype=self.dtype, use_safetensors=True, output_loading_info=True
+                folder, dtype=self.dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        except Exception as e:  # transformers raises many kinds
-            raise ValueError(f"{folder}: transformers finds no token classifier here ({str(e).strip().splitlines()[0]})") from e
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError) as e:
+            raise ValueError(
+                f"{folder}: transformers cannot load a token classifier from here ({(str(e).strip() or repr(e)).splitlines()[0]})"
+            ) from e
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{folder}: no trained {missing[0]}; is it an LLMLingua-2 classifier, for example {LLMLINGUA2}?")
         if model.config.model_type not in ("bert", "xlm-roberta") or model.config.num_labels != 2:
             found = f"a {model.config.model_type} with {model.config.num_labels} labels"
             raise ValueError(f"{folder}: {found}, expected LLMLingua-2's bert or xlm-roberta with 2")
         self.model = model.to(self.device).eval()
-        self.backend = self.tokenizer.backend_tokenizer
+        self.backend = tokenizers.Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())  # ours alone to set
         self.backend.no_truncation()
         self.backend.no_padding()
+        self.backend.encode_special_tokens = True  # "[SEP]" in an answer is text
         pieces = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))
         if model.config.model_type == "bert":
             begins = [not piece.startswith("##") for piece in pieces]
@@ -203,8 +212,10 @@ class Classifier:
 
     def keep(self, texts: list[str]) -> np.ndarray:
         """Probability that the classifier keeps each character, (characters of all texts,) float64; nan: not judged."""
-        ids, spans, starts, word = self.words(texts)
-        probability = self.probabilities(ids, starts, word)
+        ids, spans, starts = self.pieces(texts)
+        windows = self.windows(ids, starts)
+        probability = self.probabilities(ids, windows)
+        word = self.word_numbers(ids, windows)
         # A word's probability is the mean of its pieces. A piece out of vocabulary, which the method's package drops, keeps its own.
         unknown = ids == self.tokenizer.unk_token_id
         count, total = np.bincount(word, ~unknown), np.bincount(word, np.where(unknown, 0, probability))
@@ -217,8 +228,8 @@ class Classifier:
         judged = (count > 0) & ~np.strings.isspace(np.frombuffer(text.encode("utf-32-le"), "<U1"))
         return np.where(judged, total / np.maximum(count, 1), np.nan)
 
-    def words(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Pieces of all texts end to end: ids (P,), characters of the joined texts (P, 2), where each text starts, word number (P,)."""
+    def pieces(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pieces of all texts end to end: ids (P,), their characters of the joined texts (P, 2), where each text starts."""
         encodings = self.backend.encode_batch(texts, add_special_tokens=False)
         starts = np.cumsum([0, *map(len, encodings)])
         ids = np.concatenate([np.zeros(0, np.int64), *(np.array(e.ids, np.int64) for e in encodings)])
@@ -226,12 +237,18 @@ class Classifier:
         spans = [np.array(e.offsets, np.int64).reshape(-1, 2) + at for e, at in zip(encodings, shift)]
         spans = np.concatenate([np.zeros((0, 2), np.int64), *spans])
         spans[:, 1] = np.where(self.blank[ids], spans[:, 0], spans[:, 1])
-        return ids, spans, starts, self.begins[ids].cumsum() - 1
+        return ids, spans, starts
+
+    def word_numbers(self, ids: np.ndarray, windows: list[tuple[int, int]]) -> np.ndarray:
+        """(P,) which word each piece is of; none straddles two windows."""
+        begins = self.begins[ids]
+        begins[[start for start, _ in windows]] = True
+        return begins.cumsum() - 1
 
     @torch.no_grad()
-    def probabilities(self, ids: np.ndarray, starts: np.ndarray, word: np.ndarray) -> np.ndarray:
+    def probabilities(self, ids: np.ndarray, windows: list[tuple[int, int]]) -> np.ndarray:
         """softmax(logits)[..., 1] of each piece, (P,) float32, from windows batched by length."""
-        windows = sorted(self.windows(ids, starts, word), key=lambda window: window[0] - window[1])  # longest first
+        windows = sorted(windows, key=lambda window: window[0] - window[1])  # longest first
         tokenizer, out = self.tokenizer, np.zeros(len(ids), np.float32)
         with tqdm(total=len(ids), desc="llmlingua2", unit="piece", unit_scale=True, disable=None, leave=False) as bar:
             while windows:
@@ -252,12 +269,12 @@ class Classifier:
                 bar.update(int(length.sum()))
         return out
 
-    def windows(self, ids: np.ndarray, starts: np.ndarray, word: np.ndarray) -> list[tuple[int, int]]:
+    def windows(self, ids: np.ndarray, starts: np.ndarray) -> list[tuple[int, int]]:
         """Each text cut after the last full stop that leaves at most WINDOW pieces, else before a word, else anywhere.
 
         The method's package cuts at the same stops, but a stop may come 511th there; it then loses its own closing token.
         """
-        stops = [np.flatnonzero(self.ends_sentence[ids]) + 1, np.flatnonzero(np.diff(word, prepend=-1))]
+        stops = [np.flatnonzero(self.ends_sentence[ids]) + 1, np.flatnonzero(self.begins[ids])]
         out = []
         for start, end in zip(starts[:-1], starts[1:]):
             while end - start > self.WINDOW:
@@ -287,15 +304,6 @@ def score_corpus(grouper: str, corpus: Corpus, seed: int = 0, llmlingua_model: s
         model, score = [content(folder), device], lambda corpus: llmlingua2(corpus, Classifier(folder, device))
     key = [grouper, corpus.digest, source("groupers"), *model]
     return cached(cache, "scores", key, lambda: ({"scores": score(corpus)}, {}))[0]["scores"]
-
-
-def content(folder: Path) -> str:
-    """SHA-256 of a model folder: every JSON and safetensors file in it."""
-    sha = hashlib.sha256()
-    for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".json", ".safetensors")):
-        with open(path, "rb") as f:
-            sha.update(f"{path.name} {hashlib.file_digest(f, 'sha256').hexdigest()} ".encode())
-    return sha.hexdigest()
 
 
 def label_corpus(

@@ -10,7 +10,6 @@ import argparse
 import os
 import re
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 import data
 import groupers
 from data import END, Corpus, Tokenizer
-from model import DTYPES, Llama, LlamaConfig, resolve
+from model import DTYPES, Llama, LlamaConfig, resolve, weight_files
 from recipes import RECIPES
 from train import check_reference, corpus_nll
 
@@ -65,8 +64,10 @@ def views(args: argparse.Namespace, corpus: Corpus, samples: np.ndarray, tokeniz
 
 
 def losses(folder: str, corpus: Corpus, args: argparse.Namespace) -> np.ndarray:
+    folder, dtype = resolve(folder), DTYPES[args.dtype]
+    if not weight_files(folder):
+        raise ValueError(f"{folder}: no weights in the folder, so no losses to look at")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = DTYPES[args.dtype]
     return corpus_nll(Llama.from_pretrained(folder, dtype, dtype, device), corpus, 2 * args.context)
 
 
@@ -85,6 +86,12 @@ def pieces(corpus: Corpus, sample: int) -> tuple[str, list[tuple[int, str]]]:
     return corpus.text[corpus.spans[a, 0] : begin], out
 
 
+def name_of(corpus: Corpus, sample: int) -> str:
+    """Which row of the file it is, and which piece of it where a long text was cut into pieces."""
+    of_row = np.flatnonzero(corpus.rows == corpus.rows[sample])
+    return f"row {corpus.rows[sample]}" + f", piece {sample - of_row[0] + 1}" * (len(of_row) > 1)
+
+
 # In the terminal.
 
 
@@ -96,8 +103,12 @@ def marked(corpus: Corpus, answer: list[tuple[int, str]], view: View, colour: bo
     for place, text in answer:
         state = ("important" if view.important[place] else "other") if corpus.loss_mask[place] else "prompt"
         text = printable(text)
+        if not text:  # a later byte of a character that is shown
+            continue
+        if state == "important" and text.isspace():
+            text = text.replace("\n", "⏎\n")  # so that there is something to mark
         if state != was:
-            space = re.match(r"\s*", text)[0]  # a mark begins at the word, not before its space
+            space = "" if text.isspace() else re.match(r"\s*", text)[0]  # a mark begins at the word, not before its space
             out += [end[was], space, begin[state]]
             text = text[len(space) :]
         out.append(text)
@@ -110,12 +121,14 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", text)
 
 
-def summary(corpus: Corpus, looked: list[View]) -> list[str]:
+def summary(corpus: Corpus, looked: list[View], tokenizer: Tokenizer) -> list[str]:
     """Lines about all samples counted: shares, what is picked most, overlaps."""
     mask = corpus.loss_mask
     lines = [f"counted over {len(corpus):,} samples, {mask.sum():,} supervised tokens"]
     for view in looked:
-        lines.append(f"  {view.name:<11}{view.important[mask].mean():6.1%} important; most often {', '.join(most_picked(corpus, view))}")
+        lines.append(
+            f"  {view.name:<11}{view.important[mask].mean():6.1%} important; most often {', '.join(most_picked(corpus, view, tokenizer))}"
+        )
     if len(looked) > 1:
         lines += [
             "overlap: of the tokens that the row picks, the share that the column picks too",
@@ -125,10 +138,11 @@ def summary(corpus: Corpus, looked: list[View]) -> list[str]:
     return lines
 
 
-def most_picked(corpus: Corpus, view: View, n: int = 8) -> list[str]:
+def most_picked(corpus: Corpus, view: View, tokenizer: Tokenizer, n: int = 8) -> list[str]:
     """The tokens it picks most often, each with its share of all that it picks."""
-    texts = Counter(corpus.text[a:b] or "■" for a, b in corpus.spans[view.important])
-    return [f"{text!r} {count / max(view.important.sum(), 1):.1%}" for text, count in texts.most_common(n)]
+    ids, counts = np.unique(corpus.ids[view.important], return_counts=True)
+    most = counts.argsort(kind="stable")[::-1][:n]
+    return [f"{tokenizer.backend.decode([i], skip_special_tokens=False)!r} {c / counts.sum():.1%}" for i, c in zip(ids[most], counts[most])]
 
 
 def overlaps(a: View, looked: list[View]) -> list[float]:
@@ -151,11 +165,11 @@ th:first-child, td.words { text-align: left } caption { text-align: left; color:
 """
 
 
-def page(corpus: Corpus, shown: list[int], looked: list[View], title: str) -> str:
+def page(corpus: Corpus, shown: list[int], looked: list[View], tokenizer: Tokenizer, title: str) -> str:
     """One self-contained page; whatever the data hold is text in it, never markup."""
     mask, total = corpus.loss_mask, int(corpus.loss_mask.sum())
     shares = "".join(
-        f'<tr><th>{v.name}<td>{v.important[mask].mean():.1%}<td class="words">{escape(", ".join(most_picked(corpus, v, 5)))}'
+        f'<tr><th>{v.name}<td>{v.important[mask].mean():.1%}<td class="words">{escape(", ".join(most_picked(corpus, v, tokenizer, 5)))}'
         for v in looked
     )
     head = "".join(f"<th>{v.name}" for v in looked)
@@ -173,7 +187,7 @@ def page(corpus: Corpus, shown: list[int], looked: list[View], title: str) -> st
     ]
     for sample in shown:
         prompt, answer = pieces(corpus, sample)
-        out.append(f'<h2>Row {corpus.rows[sample]}</h2><p class="text prompt">{escape(prompt)}</p><div class="sample">')
+        out.append(f'<h2>{escape(name_of(corpus, sample))}</h2><p class="text prompt">{escape(prompt)}</p><div class="sample">')
         for view in looked:
             texts = "".join(token(corpus, place, text, view) for place, text in answer)
             out.append(f'<section class="text"><h3>{view.name}</h3>{texts}</section>')
@@ -205,7 +219,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--grouper", default="tfidf", type=lambda text: text.split(","), metavar="A,B,…", help=f"any of {', '.join(NAMES)} (default: tfidf)"
     )
     flag("--eta", default=0.9, type=float, metavar="X", help="percentile: 0.9 makes each sample's top 10 %% important (default: 0.9)")
-    flag("--row", type=int, nargs="+", metavar="N", help="rows of the file to show, counted from 1 (default: the first 3)")
+    flag(
+        "--row",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="rows of the file to show, counted from 1, of a long text its first 3 pieces (default: 3 samples)",
+    )
     flag("--stats", default=50, type=int, metavar="N", help="samples to count shares and overlaps over, besides those shown (default: 50)")
     flag("--html", metavar="FILE", help="write a page too")
     flag("--reference", metavar="FOLDER", help="rho1: the frozen reference model")
@@ -220,8 +240,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--grouper {','.join(args.grouper)}: no grouper {unknown[0]!r}; choose among {', '.join(NAMES)}")
     if "rho1" in args.grouper and not args.reference:
         parser.error("--grouper rho1 needs --reference, a model trained on data of the same domain")
-    if args.stats < 0:
-        parser.error(f"--stats {args.stats}: expected 0 or more")
+    if args.stats < 0 or args.context < 2:
+        parser.error(f"--stats {args.stats} --context {args.context}: expected at least 0 samples and 2 tokens")
     if args.html and not Path(args.html).absolute().parent.is_dir():
         parser.error(f"--html {args.html}: no such folder; create it first")
     return args
@@ -229,14 +249,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def look(args: argparse.Namespace) -> None:
     folder = resolve(args.model)
-    tokenizer = Tokenizer(folder, LlamaConfig.from_folder(folder).vocab_size)
+    llama = LlamaConfig.from_folder(folder)
+    tokenizer = Tokenizer(folder, llama.vocab_size)
     corpus = data.load_corpus(data.data_file(args.data), tokenizer, args.template, args.context, args.cache)
-    wanted = args.row or corpus.rows[:3]
-    shown = np.flatnonzero(np.isin(corpus.rows, wanted))
-    if missing := sorted(set(map(int, wanted)) - set(corpus.rows.tolist())):
-        raise ValueError(
-            f"{args.data}: row {missing[0]} is not among the {len(corpus):,} samples (rows are counted from 1; some are dropped)"
-        )
+    if args.context > llama.max_position_embeddings and set(args.grouper) & set(groupers.IN_STEP):
+        raise ValueError(f"--context {args.context}: {args.model} has {llama.max_position_embeddings} positions (max_position_embeddings)")
+    shown = np.arange(min(3, len(corpus)))
+    if args.row:
+        if missing := sorted(set(args.row) - set(corpus.rows.tolist())):
+            raise ValueError(f"{args.data}: row {missing[0]} is not among the {len(corpus):,} samples (counted from 1; some are dropped)")
+        shown = np.unique([i for row in args.row for i in np.flatnonzero(corpus.rows == row)[:3]])
     samples = np.union1d(shown, np.arange(min(args.stats, len(corpus))))
     looked, chosen = views(args, corpus, samples, tokenizer), corpus.take(samples)
     shown = np.searchsorted(samples, shown).tolist()
@@ -244,20 +266,22 @@ def look(args: argparse.Namespace) -> None:
     for sample in shown:
         supervised = chosen.loss_mask & (chosen.doc_ids == sample)
         prompt, answer = pieces(chosen, sample)
-        print(f"══ row {chosen.rows[sample]} ══\n{printable(prompt)}\n")
+        print(f"══ {name_of(chosen, sample)} ══\n{printable(prompt)}\n")
         for view in looked:
             picked = f"{view.important[supervised].sum():,} of {supervised.sum():,} tokens important"
             print(f"── {view.name}: {picked} ──\n{marked(chosen, answer, view, colour)}\n")
-    print("\n".join(summary(chosen, looked)))
+    print("\n".join(summary(chosen, looked, tokenizer)))
     if args.html:
-        Path(args.html).write_text(page(chosen, shown, looked, f"{Path(args.data).name}, η {args.eta:g}"), encoding="utf-8")
+        Path(args.html).write_text(page(chosen, shown, looked, tokenizer, f"{Path(args.data).name}, η {args.eta:g}"), encoding="utf-8")
         print(f"wrote {args.html}")
 
 
 def main() -> None:
     try:
         look(parse_args())
-    except (ValueError, OSError) as e:
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, torch.OutOfMemoryError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit("interrupted")

@@ -484,10 +484,12 @@ def download(repository: str, patterns: list[str], flags: str, repo_type: str = 
         return Path(snapshot_download(repository, allow_patterns=patterns, repo_type=repo_type))
     except Exception as e:  # the Hub's client raises many kinds: no network, gated, not found
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        gated = "\nIt is gated: accept its terms on its page of the Hub with your account, then `hf auth login`"
+        if not repository.startswith(("meta-llama/", "GAIR/lima")) and "gated" not in str(e):
+            gated = ""
         raise ValueError(
             f"{repository}: not here, and the Hub did not give it ({reason}). Where there is network:\n"
-            f"  hf download {repository} {flags}\n"
-            "Llama and LIMA are gated: accept the terms on their page of the Hub with your account, then `hf auth login`"
+            f"  hf download {repository} {flags}{gated}"
         ) from e
 
 

@@ -89,17 +89,13 @@ def table() -> str:
     head = ("recipe", "model", "grouper", "η", "λ", "worst", "epochs", "batch", "lr", "the paper elsewhere")
     rows = [head]
     for name, r in RECIPES.items():
-        lam = f"{r['lam_max']:g}" + (f" → {r['lam_min']:g}" if r.get("lam_min") else "")
+        lam = "–" if r["grouper"] == "rho1" else f"{r['lam_max']:g}" + (f" → {r['lam_min']:g}" if r.get("lam_min") else "")
         method = ("none", "", "", "") if r["grouper"] == "none" else (r["grouper"], f"{r['eta']:.2f}", lam, r["worst"])
         rows.append((name, r["model"], *method, str(r["epochs"]), str(r["batch_size"]), f"{r['lr']:g}", NOTES.get(name, "")))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"lima     {LIMA['data']}: AdamW weight decay 0.1, betas 0.9 0.95, eps 1e-8; cosine, no warm-up; context 4096",
-            f"alpaca   {ALPACA['data']}: weight decay 0.05, betas 0.9 0.999, eps 1e-8; cosine, warm-up 0.07; context 4096",
-            "Values are Appendix F's; it names no betas (LIMA's are its own paper's). rho1 needs --reference. Any flag overrides a recipe.",
-        ]
-    )
+    for name, d in (("lima", LIMA), ("alpaca", ALPACA)):
+        betas = " ".join(map(str, d["betas"]))
+        adamw = f"AdamW, weight decay {d['weight_decay']}, betas {betas}, eps {d['eps']:g}"
+        lines += ["", f"{name:<8}{d['data']}", f"        {adamw}; {d['schedule']}, warm-up {d['warmup_ratio']:g}; context {d['context']}"]
+    return "\n".join([*lines, "", "Values are Appendix F's; it names no betas. rho1 needs --reference. Any flag overrides a recipe."])

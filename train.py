@@ -14,6 +14,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ import checkpoint
 import data
 import groupers
 import recipes
+from cache import Arrays, cached, content, source
 from data import TEMPLATES, Batch, Corpus, Tokenizer
 from model import DTYPES, Llama, LlamaConfig, resolve, weight_files
 from recipes import RECIPES
@@ -146,16 +148,32 @@ class Config:
             if not holds:
                 raise ValueError(message)
 
+    def command(self, **changes) -> str:
+        """The command line of this configuration with some settings changed: all that differs from the recipe and the defaults."""
+        settings = vars(self) | changes
+        if settings["lam_min"] == settings["lam_max"]:
+            settings["lam_min"] = None
+        usual, words = self.usual(settings["recipe"]), ["python", "train.py"]
+        for name, value in settings.items():
+            if value is not None and value != usual[name]:
+                flag = "--" + name.replace("_", "-")
+                words += [flag] if value is True else [flag, *map(str, value if isinstance(value, tuple) else [value])]
+        return shlex.join(words)
+
+    @classmethod
+    def usual(cls, recipe: str | None) -> dict:
+        """A recipe's settings, the defaults among them."""
+        return {f.name: f.default for f in fields(cls)} | RECIPES.get(recipe, {})
+
     def how_to_reference(self) -> str:
         """What to run for Rho-1: first its reference model φ, then θ."""
-        if self.recipe and self.recipe.endswith("-rho1"):
-            first, then = f"--recipe {self.recipe.replace('rho1', 'sft')}", f"--recipe {self.recipe}"
-        else:
-            first = then = f"--model {self.model} --data {self.data}"
-            first, then = f"{first} --grouper none", f"{then} --grouper rho1 --worst important --lam-max 1"
+        usual, method = self.usual(self.recipe), ("recipe", "grouper", "eta", "lam_max", "lam_min", "worst", "out")
+        given = {name: value for name, value in vars(self).items() if value != usual[name] and name not in method}
+        plain = self.recipe.removesuffix("-rho1") + "-sft" if self.recipe and self.recipe.endswith("-rho1") else self.recipe
+        phi = self.command(**self.usual(plain) | given | {"recipe": plain, "grouper": "none", "out": "runs/reference"})
         return (
             "--grouper rho1 needs --reference, a model trained on data of the same domain. Train one, then the run itself:\n"
-            f"  python train.py {first} --out runs/reference\n  python train.py {then} --reference runs/reference/model"
+            f"  {phi}\n  {self.command(reference='runs/reference/model')}"
         )
 
 
@@ -191,7 +209,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
         given["betas"] = tuple(given["betas"])
     if not given.keys() & {"recipe", "model", "data"}:
         given["recipe"] = "demo"
-    return Config(**{**RECIPES.get(given.get("recipe"), {}), **given})
+    return Config(**Config.usual(given.get("recipe")) | given)
 
 
 # The step.
@@ -223,12 +241,11 @@ def reference_nll(cfg: Config, corpus: Corpus, cache: Path | None, device: torch
     """Rho-1's φ: `corpus_nll` under `--reference`, computed once for a data set; the model is gone afterwards."""
     folder, dtype = resolve(cfg.reference), DTYPES[cfg.dtype]
 
-    def make() -> tuple[data.Arrays, dict]:
+    def make() -> tuple[Arrays, dict]:
         return {"nats": corpus_nll(Llama.from_pretrained(folder, dtype, dtype, device), corpus, cfg.micro_batch_tokens)}, {}
 
-    return data.cached(cache, "reference", [corpus.digest, groupers.content(folder), cfg.dtype, data.source("model", "sftgo")], make)[0][
-        "nats"
-    ]
+    key = [corpus.digest, content(folder), cfg.dtype, device.type, source("data", "model", "sftgo", "train")]
+    return cached(cache, "reference", key, make)[0]["nats"]
 
 
 @torch.no_grad()
@@ -347,6 +364,8 @@ def print_plan(cfg: Config, corpus: Corpus, known: np.ndarray, llama: LlamaConfi
     share = f"{known[mask].mean():.1%} of the supervised tokens important"
     if cfg.grouper in groupers.IN_STEP:
         share = "labelled at each step" + f" against {cfg.reference}" * (cfg.grouper == "rho1")
+    elif cfg.dry_run and cfg.grouper == "llmlingua2":
+        share = f"{cfg.llmlingua_model} will score the answers"
     groups = f"{cfg.grouper}, η {cfg.eta:g}: {share}; λ {weight}, worst {cfg.worst}, scope {cfg.scope}"
     lines = {
         "data": f"{cfg.data}: {rows:,} rows, {kept:,} {'pieces' if corpus.template == 'text' else 'samples kept'}"
@@ -392,13 +411,17 @@ def train(cfg: Config) -> Path | None:
         data.require_trained_headers(folder, tokenizer)
     if cfg.grouper == "rho1":
         check_reference(cfg, tokenizer)
+    elif cfg.grouper == "llmlingua2":
+        groupers.need_transformers()
+        resolve(cfg.llmlingua_model)
     if not cfg.dry_run and checkpoint.finished(cfg):
         print(f"{cfg.out}: this run is already finished; nothing to do")
         return Path(cfg.out)
 
     cache = Path(cfg.cache) if cfg.cache else None if cfg.dry_run else Path(cfg.out or "runs") / "cache"
     corpus = data.load_corpus(data.data_file(cfg.data), tokenizer, cfg.template, cfg.context, cache)
-    known = groupers.label_corpus(cfg.grouper, corpus, cfg.eta, cfg.seed, cfg.llmlingua_model, cache)
+    unscored = cfg.dry_run and cfg.grouper == "llmlingua2"  # minutes on a CPU, for one number of the plan
+    known = groupers.label_corpus("none" if unscored else cfg.grouper, corpus, cfg.eta, cfg.seed, cfg.llmlingua_model, cache)
     per_epoch = len(data.epoch_order(len(corpus), cfg.batch_size, cfg.seed, 0, cfg.drop_last))
     total_steps = min(cfg.epochs * per_epoch, cfg.max_steps or sys.maxsize)
     if not total_steps:

@@ -11,7 +11,7 @@ import torch
 from stories260k import SHARED
 from tiny import tiny_folder
 
-import data
+import cache
 import groupers
 from data import END, PROMPT, RESPONSE, TEMPLATE, Corpus, Tokenizer, load_corpus, micro_batches
 from groupers import important
@@ -176,8 +176,8 @@ def test_scores_are_kept_under_the_corpus_and_the_grouper_and_never_eta(tmp_path
 def test_two_runs_that_score_at_once_do_no_harm(tmp_path, monkeypatch):
     corpus = corpus_of(sentence(1, 2, 3), sentence(1, 4, 4))
     expected, together = groupers.tfidf(corpus), threading.Barrier(4)
-    write = data.write_safetensors
-    monkeypatch.setattr(data, "write_safetensors", lambda *given: (write(*given), together.wait(30)))  # all write, then all rename
+    write = cache.write_safetensors
+    monkeypatch.setattr(cache, "write_safetensors", lambda *given: (write(*given), together.wait(30)))  # all write, then all rename
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: groupers.score_corpus("tfidf", corpus, cache=tmp_path), range(4)))
     assert all((scores == expected).all() for scores in found)

@@ -1,10 +1,11 @@
 """LLMLingua-2 in groupers.py: the package's own words and probabilities, and characters that find their way to the right token."""
 
+import importlib.util
 import json
 import random
 import re
+import shutil
 import string
-import sys
 import types
 
 import numpy as np
@@ -67,7 +68,8 @@ def package_words(folder, texts: list[str]) -> list[tuple[str, float]]:
 
 
 def our_words(classifier: Classifier, texts: list[str]) -> list[tuple[str, float]]:
-    _, spans, _, word = classifier.words(texts)
+    ids, spans, starts = classifier.pieces(texts)
+    word = classifier.word_numbers(ids, classifier.windows(ids, starts))
     keep, text = classifier.keep(texts), "".join(texts)
     edges = np.flatnonzero(np.diff(word, prepend=-1, append=word[-1] + 1))
     out = []
@@ -107,8 +109,8 @@ def test_words_and_probabilities_are_the_packages(folders, kind):
 def test_the_package_overfills_a_window_that_a_full_stop_would_end_one_piece_late(folders):
     """Its windows may reach 511 pieces; it then cuts off its own closing token, and the whole window reads otherwise."""
     classifier, text = Classifier(folders[MBERT]), prose(1500, seed=1)
-    ids, _, starts, word = classifier.words([text])
-    assert classifier.ends_sentence[ids[510]] and classifier.windows(ids, starts, word)[0] == (0, 509)
+    ids, _, starts = classifier.pieces([text])
+    assert classifier.ends_sentence[ids[510]] and classifier.windows(ids, starts)[0] == (0, 509)
     theirs, own = package_words(folders[MBERT], [text]), our_words(classifier, [text])
     assert [word for word, _ in own] == [word for word, _ in theirs]
     assert max(abs(ours - its) for (_, ours), (_, its) in zip(own[:400], theirs)) > 1e-2
@@ -117,8 +119,8 @@ def test_the_package_overfills_a_window_that_a_full_stop_would_end_one_piece_lat
 def test_pieces_are_scored_as_transformers_own_encoding_scores_them(classifier):
     """The special tokens are the model's own, whatever stands beside a text in its batch."""
     texts = [*TEXTS, "Yes.", prose(60, seed=2)]
-    ids, _, starts, word = classifier.words(texts)
-    probabilities = classifier.probabilities(ids, starts, word)
+    ids, _, starts = classifier.pieces(texts)
+    probabilities = classifier.probabilities(ids, classifier.windows(ids, starts))
     for text, a, b in zip(texts, starts, starts[1:]):
         encoded = classifier.tokenizer(text, return_tensors="pt")  # adds special tokens
         assert encoded.input_ids[0, 1:-1].tolist() == ids[a:b].tolist()
@@ -132,41 +134,42 @@ def test_pieces_are_scored_as_transformers_own_encoding_scores_them(classifier):
 
 def test_windows_end_at_a_full_stop_else_before_a_word_and_hold_every_piece_once(classifier):
     texts = [prose(2000, seed=3), prose(1400, seed=4, stops=False), "x" * 1, "Short.", "", "a" * 3000 + " end."]
-    ids, spans, starts, word = classifier.words(texts)
-    windows, begins = classifier.windows(ids, starts, word), np.diff(word, prepend=-1) > 0
+    ids, spans, starts = classifier.pieces(texts)
+    windows, text = classifier.windows(ids, starts), "".join(texts)
+    pieces = classifier.tokenizer.convert_ids_to_tokens(ids)
+    begins = [piece.startswith("▁") or piece == "." for piece in pieces]
+    if classifier.model.config.model_type == "bert":
+        begins = [not piece.startswith("##") for piece in pieces]
     assert [place for a, b in windows for place in range(a, b)] == list(range(len(ids)))
-    inside_a_word = 0
+    kinds = set()
     for a, b in windows:
-        assert 0 < b - a <= 510
-        if b in starts:
-            continue
-        text = "".join(texts)
-        stops = [i for i in range(a, b) if text[spans[i, 0] : spans[i, 1]].strip() == "."]
-        if stops:
-            assert b == stops[-1] + 1 or any(text[slice(*spans[i])] == "." for i in range(a + 510, a + 511))
-        elif begins[a + 1 : a + 511].any():
-            assert begins[b]
-        else:
-            inside_a_word += 1
-            assert b - a == 510
-    assert len(windows) > 10
+        (text_end,) = [end for start, end in zip(starts, starts[1:]) if start <= a < end]
+        room = range(a + 1, min(a + 510, text_end) + 1)  # where it may end
+        after_stop = [i for i in room if text[spans[i - 1, 0] : spans[i - 1, 1]].strip() == "."]
+        before_word = [i for i in room if i < text_end and begins[i]]
+        kind, expected = ("stop", after_stop[-1:]) if after_stop else ("word", before_word[-1:]) if before_word else ("anywhere", [a + 510])
+        if text_end - a <= 510:
+            kind, expected = "end", [text_end]
+        assert [b] == expected
+        kinds.add(kind)
+    assert len(windows) > 10 and kinds >= {"stop", "word", "end"}
     if classifier.model.config.model_type == "xlm-roberta":  # mBERT reads a word of 3,000 letters as one unknown piece
-        assert inside_a_word
+        assert "anywhere" in kinds
 
 
 def test_a_window_may_be_full(folders):
     classifier = Classifier(folders[MBERT])
-    ids, _, starts, word = classifier.words(["a " * 509 + ". b c", "a " * 515])
+    ids, _, starts = classifier.pieces(["a " * 509 + ". b c", "a " * 515])
     assert starts.tolist() == [0, 512, 1027]
-    assert classifier.windows(ids, starts, word) == [(0, 510), (510, 512), (512, 1022), (1022, 1027)]
+    assert classifier.windows(ids, starts) == [(0, 510), (510, 512), (512, 1022), (1022, 1027)]
 
 
 def test_a_long_answer_is_scored_window_by_window(classifier):
     text = prose(2000, seed=5)
-    ids, _, starts, word = classifier.words([text])
-    probabilities = classifier.probabilities(ids, starts, word)
-    tokenizer = classifier.tokenizer
-    for a, b in classifier.windows(ids, starts, word):
+    ids, _, starts = classifier.pieces([text])
+    windows, tokenizer = classifier.windows(ids, starts), classifier.tokenizer
+    probabilities = classifier.probabilities(ids, windows)
+    for a, b in windows:
         alone = torch.tensor([[tokenizer.cls_token_id, *ids[a:b], tokenizer.sep_token_id]])
         with torch.no_grad():
             keep = classifier.model(input_ids=alone).logits[0].softmax(-1)[1:-1, 1]
@@ -205,6 +208,25 @@ def test_what_the_classifiers_normalizer_deletes_is_not_judged(folders):
     assert np.isnan(Classifier(folders[MBERT]).keep(["a \x01 b"])).tolist() == [False, True, True, True, False]
 
 
+def test_an_answer_that_spells_a_special_token_is_text(folders):
+    classifier, text = Classifier(folders[MBERT]), "Use [SEP] or [PAD] and [UNK]."  # XLM-R's vocabulary has "</s>" as a piece of text too
+    classifier.tokenizer(text)  # which sets its own backend anew
+    assert not {0, 1, 2, 3, 4} & set(classifier.pieces([text])[0].tolist())
+    assert [word for word, _ in our_words(classifier, [text])][1:4] == ["[", "SEP", "]"]
+
+
+def test_a_word_cut_by_a_full_window_is_a_word_in_each(folders):
+    classifier, text = Classifier(folders[XLMR]), "rain " + "x" * 1500
+    ids, spans, starts = classifier.pieces([text])
+    windows = classifier.windows(ids, starts)
+    word = classifier.word_numbers(ids, windows)
+    inside = [start for start, _ in windows[2:]]
+    assert inside and all(word[i] == word[i - 1] + 1 for i in inside)
+    keep, own = classifier.keep([text]), classifier.probabilities(ids, windows)
+    a, b = windows[-1]
+    assert keep[spans[b - 1, 0]] == pytest.approx(own[a:b].mean(), abs=1e-6)
+
+
 def test_empty_and_blank_texts_disturb_nobody(classifier):
     alone = classifier.keep(["Rain and rivers."])
     among = classifier.keep(["", "Rain and rivers.", "", "  \n ", ""])
@@ -215,8 +237,9 @@ def test_empty_and_blank_texts_disturb_nobody(classifier):
 
 def test_a_piece_out_of_vocabulary_keeps_its_own_probability_and_stays_out_of_its_words_mean(classifier):
     text = "water一ing water"  # the character is in neither vocabulary
-    ids, spans, starts, word = classifier.words([text])
-    own = classifier.probabilities(ids, starts, word)
+    ids, spans, starts = classifier.pieces([text])
+    windows = classifier.windows(ids, starts)
+    own, word = classifier.probabilities(ids, windows), classifier.word_numbers(ids, windows)
     unknown = np.flatnonzero(ids == classifier.tokenizer.unk_token_id)
     assert len(unknown) == 1 and text[slice(*spans[unknown[0]])] == "一"
     keep = classifier.keep([text])
@@ -333,15 +356,31 @@ def test_scores_are_reused_for_another_eta_and_made_again_for_another_model(fold
     groupers.label_corpus("llmlingua2", corpus, 0.9, 0, folders[XLMR], cache)
     assert len(calls) == 3
     (folders[XLMR] / "config.json").write_text(json.dumps(config))
+    (folders[XLMR] / "vocab.txt").write_text("what a tokenizer may read too")
+    groupers.label_corpus("llmlingua2", corpus, 0.9, 0, folders[XLMR], cache)
+    assert len(calls) == 4
+    (folders[XLMR] / "vocab.txt").unlink()
 
 
 # Mistakes.
 
 
 def test_without_transformers_the_message_names_the_install_command(monkeypatch, folders):
-    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=re.escape('install it with: pip install -e ".[llmlingua]"')):
         Classifier(folders[MBERT])
+
+
+def test_nothing_in_a_classifiers_folder_is_executed(tmp_path, folders, monkeypatch):
+    shutil.copytree(folders[MBERT], tmp_path / "evil")
+    config = json.loads((folders[MBERT] / "config.json").read_text())
+    names = {"AutoConfig": "evil.C", "AutoModelForTokenClassification": "evil.M"}
+    (tmp_path / "evil" / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": names}))
+    (tmp_path / "evil" / "evil.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'executed')!r}).touch()")
+    monkeypatch.setattr("builtins.input", lambda *a: "y")
+    with pytest.raises(ValueError, match="cannot load a token classifier from here"):
+        Classifier(tmp_path / "evil")
+    assert not (tmp_path / "executed").exists()
 
 
 def test_a_folder_that_is_no_such_classifier_is_refused(tmp_path, folders, corpus_and_folder):
@@ -357,11 +396,11 @@ def test_a_folder_that_is_no_such_classifier_is_refused(tmp_path, folders, corpu
         tokenizer.save_pretrained(tmp_path / name)
         with pytest.raises(ValueError, match=message):
             Classifier(tmp_path / name)
-    with pytest.raises(ValueError, match="no token classifier here"):
+    with pytest.raises(ValueError, match="cannot load a token classifier from here"):
         Classifier(corpus_and_folder[1])
     torch.save({}, tmp_path / "headless" / "pytorch_model.bin")
     (tmp_path / "headless" / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="no token classifier here"):
+    with pytest.raises(ValueError, match="cannot load a token classifier from here"):
         Classifier(tmp_path / "headless")
     with pytest.raises(ValueError, match="no such folder"):
         groupers.score_corpus("llmlingua2", corpus_and_folder[0], llmlingua_model=str(tmp_path / "nowhere"))

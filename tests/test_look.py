@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from classifiers import MBERT, classifier_folder
 from tiny import TEXTS, tiny_folder
 
 import groupers
@@ -62,10 +63,35 @@ def test_marks_are_around_the_important_tokens(corpus):
     important = np.zeros(len(corpus.ids), bool)
     length = np.cumsum([len(text) for _, text in answer])
     important[[place for (place, _), end in zip(answer, length) if end <= len(" b b")] + [answer[-1][0]]] = True
-    assert look.marked(corpus, answer, by_hand(corpus, important), colour=False) == " [b b] b c.■User: d\n\nAssistant: e f.[■]"
+    assert look.marked(corpus, answer, by_hand(corpus, important), colour=False) == "[ b b] b c.■User: d\n\nAssistant: e f.[■]"
     coloured = look.marked(corpus, answer, by_hand(corpus, important), colour=True)
     on, off, dim = "\x1b[1;30;43m", "\x1b[0m", "\x1b[2m"
-    assert coloured == f" {on}b b{off} b c.■{dim}User: d\n\nAssistant:{off} e f.{on}■{off}"
+    assert coloured == f"{on} b b{off} b c.■{dim}User: d\n\nAssistant:{off} e f.{on}■{off}"
+
+
+def test_marked_white_space_is_seen_and_later_bytes_of_a_character_are_not_marked(here):
+    rows = [{"prompt": "a", "completion": "b\n\n  👍 c"}]
+    (here / "rows.jsonl").write_text(json.dumps(rows[0]))
+    corpus = load_corpus(here / "rows.jsonl", Tokenizer(here / "model", 512), "plain", 512)
+    _, answer = look.pieces(corpus, 0)
+    every = by_hand(corpus, corpus.loss_mask)
+    assert look.marked(corpus, answer, every, colour=False).replace("][", "") == "[ b⏎\n⏎\n  👍 c■]"
+    important = np.zeros(len(corpus.ids), bool)
+    important[[place for place, text in answer if text.isspace() or not text]] = True
+    shown = look.marked(corpus, answer, by_hand(corpus, important), colour=False)
+    assert "⏎" in shown and "[]" not in shown and "👍 c■" in shown.replace("[", "").replace("]", "")
+
+
+def test_a_piece_of_a_long_text_shows_itself_alone(here):
+    words = " ".join(f"w{n}" for n in range(60))
+    (here / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in (words, "short")))
+    corpus = load_corpus(here / "rows.jsonl", Tokenizer(here / "model", 512), "text", 12)
+    shown = ["".join(text for _, text in look.pieces(corpus, sample)[1]) for sample in range(len(corpus))]
+    assert "".join(shown) == f"{words}■short■" and len(corpus) > 10 and not any(look.pieces(corpus, i)[0] for i in range(len(corpus)))
+    assert look.name_of(corpus, 2) == "row 1, piece 3" and look.name_of(corpus, len(corpus) - 1) == "row 2"
+    done = said(here, "--template", "text", "--context", 12)
+    assert done.stdout.count("══ row 1, piece ") == 3
+    assert said(here, "--template", "text", "--context", 12, "--row", 1, 2).stdout.count("══ row ") == 4
 
 
 def test_the_terminal_obeys_no_control_character_of_the_data(corpus):
@@ -75,20 +101,21 @@ def test_the_terminal_obeys_no_control_character_of_the_data(corpus):
     assert look.printable("a\n\tb") == "a\n\tb"
 
 
-def test_shares_and_overlaps_worked_by_hand(corpus):
+def test_shares_and_overlaps_worked_by_hand(here, corpus):
     supervised = np.flatnonzero(corpus.loss_mask)
     a, b = (np.zeros(len(corpus.ids), bool) for _ in range(2))
     a[supervised[:10]] = b[supervised[5:13]] = True
     first, second = by_hand(corpus, a), by_hand(corpus, b)
     second.name = "other"
     assert look.overlaps(first, [first, second]) == [1, 5 / 10] and look.overlaps(second, [first, second]) == [5 / 8, 1]
-    lines = look.summary(corpus, [first, second])
+    tokenizer = Tokenizer(here / "model", 512)
+    lines = look.summary(corpus, [first, second], tokenizer)
     assert lines[0] == f"counted over 3 samples, {len(supervised):,} supervised tokens"
     assert lines[1].startswith(f"  hand       {10 / len(supervised):6.1%} important; most often ")
     assert lines[-2].split() == ["hand", "100%", "50%"] and lines[-1].split() == ["other", "62%", "100%"]
     spelled = [corpus.text[slice(*corpus.spans[i])] for i in supervised[:10]]
     best = max(spelled, key=spelled.count)
-    assert f"{best!r} {spelled.count(best) / 10:.1%}" in look.most_picked(corpus, first)
+    assert f"{best!r} {spelled.count(best) / 10:.1%}" in look.most_picked(corpus, first, tokenizer)
 
 
 class Page(HTMLParser):
@@ -114,7 +141,7 @@ class Page(HTMLParser):
 def test_data_stay_text_on_the_page(here, corpus):
     args = arguments(here, "--grouper", "tfidf,random")
     views = look.views(args, corpus, np.arange(3), Tokenizer(here / "model", 512))
-    html = look.page(corpus, [0, 1, 2], views, "<b>title</b>")
+    html = look.page(corpus, [0, 1, 2], views, Tokenizer(here / "model", 512), "<b>title</b>")
     found = Page(html)
     ours = {"html", "meta", "title", "style", "h1", "h2", "h3", "p", "span", "b", "div", "section", "table", "caption", "tr", "th", "td"}
     assert {tag for tag, _ in found.tags} == ours
@@ -160,6 +187,21 @@ def test_losses_are_those_of_the_model_and_rho1_takes_the_references_away(here, 
     assert loss.important.any() and (loss.important != rho1.important).any()
 
 
+def test_llmlingua2_reads_only_the_samples_looked_at(here, corpus, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    classifier, read, keep = classifier_folder(tmp_path, MBERT, TEXTS * 4), [], groupers.Classifier.keep
+    monkeypatch.setattr(groupers.Classifier, "keep", lambda self, texts: read.extend(texts) or keep(self, texts))
+    samples = np.array([0, 2])
+    args = arguments(here, "--grouper", "llmlingua2", "--llmlingua-model", str(classifier))
+    (view,) = look.views(args, corpus, samples, Tokenizer(here / "model", 512))
+    assert read == [" " + TEXTS[0].rstrip("\n"), " b b b c.", " e f."] or read == [" " + TEXTS[0], " b b b c.", " e f."]
+    everything = groupers.score_corpus("llmlingua2", corpus, llmlingua_model=str(classifier))
+    chosen = corpus.take(samples)
+    both = [everything[a:b] for a, b in (corpus.starts[[0, 1]], corpus.starts[[2, 3]])]
+    np.testing.assert_allclose(view.scores, np.concatenate(both), atol=1e-5)
+    assert 0.3 < view.important[chosen.loss_mask].mean() < 0.7
+
+
 def arguments(here, *more):
     flags = ["--data", str(here / "rows.jsonl"), "--model", str(here / "model"), "--eta", "0.5", *more]
     return look.parse_args(flags)
@@ -191,7 +233,9 @@ def test_the_program_prints_samples_and_writes_a_page(here):
         (["--eta", "9"], "eta is 9.0, expected a percentile"),
         (["--html", "absent/page.html"], "no such folder; create it first"),
         (["--data", "absent"], "absent: no such file"),
-        (["--stats", "-1"], "--stats -1: expected 0 or more"),
+        (["--stats", "-1"], "expected at least 0 samples and 2 tokens"),
+        (["--context", "1"], "expected at least 0 samples and 2 tokens"),
+        (["--grouper", "loss", "--context", "9999"], "has 4096 positions"),
     ],
 )
 def test_a_mistake_gets_one_line(here, flags, message, monkeypatch, capsys):

@@ -95,6 +95,7 @@ def test_the_list_shows_every_recipe_and_where_the_paper_disagrees_with_itself(c
     assert e.value.code in (None, 0) and said == table() + "\n"
     lines = {line.split()[0]: line for line in said.splitlines() if line}
     assert RECIPES.keys() <= lines.keys()
+    assert "55  –  " in lines["lima-3b-rho1"] and "betas 0.9 0.999" in said and "warm-up 0.07; context 4096" in said
     assert "0.70  0.9 → 0.07" in lines["lima-3b-llmlingua2"] and "§5.3 decays it to 0.01" in lines["lima-3b-llmlingua2"]
     assert "§4 decays it" in lines["alpaca-8b-tfidf"] and "§" not in lines["lima-3b-tfidf"]
 
@@ -107,7 +108,10 @@ def test_a_missing_download_is_one_message_with_the_command_that_fetches_it(monk
         train.train(train.parse_args(recipe))
     assert "(no network)" in str(e.value) and "long story" not in str(e.value)
     assert '\n  hf download meta-llama/Llama-3.2-3B --exclude "original/*"\n' in str(e.value) and "hf auth login" in str(e.value)
-    with pytest.raises(ValueError, match=r"hf download GAIR/lima train\.jsonl --repo-type dataset\n.*gated"):
+    with pytest.raises(ValueError) as e:
+        data_file("hf://datasets/yahma/alpaca-cleaned/alpaca_data_cleaned.json")
+    assert str(e.value).endswith("hf download yahma/alpaca-cleaned alpaca_data_cleaned.json --repo-type dataset")
+    with pytest.raises(ValueError, match=r"hf download GAIR/lima train\.jsonl --repo-type dataset\nIt is gated"):
         train.train(train.parse_args([*recipe, "--model", str(tiny_folder(tmp_path / "model"))]))
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import shlex
 import subprocess
 import sys
 import weakref
@@ -540,6 +541,24 @@ def test_a_run_never_removes_the_model_or_data_it_reads(folder, rows, tmp_path):
     assert len(metrics(run(out / "model", rows, "--out", tmp_path / "next", "--max-steps", 2))) == 2
 
 
+def test_a_run_never_removes_the_reference_it_reads(folder, rows, tmp_path):
+    out = run(folder, rows, "--grouper", "none", "--max-steps", 1, "--out", tmp_path / "phi")
+    with pytest.raises(ValueError, match="--reference .* lies in it; choose another --out"):
+        run(folder, rows, "--grouper", "rho1", "--reference", out / "model", "--out", out, "--overwrite")
+    assert (out / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.fast
+def test_a_dry_run_does_not_score_with_a_classifier(folder, rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(groupers, "score_corpus", None)
+    (tmp_path / "classifier").mkdir()
+    run(folder, rows, "--grouper", "llmlingua2", "--llmlingua-model", tmp_path / "classifier", "--dry-run")
+    assert f"{tmp_path / 'classifier'} will score the answers" in capsys.readouterr().out
+    monkeypatch.setattr(data, "load_corpus", None)
+    with pytest.raises(ValueError, match="nowhere: no such folder"):  # before the data are read
+        run(folder, rows, "--grouper", "llmlingua2", "--llmlingua-model", tmp_path / "nowhere")
+
+
 def test_overwrite_follows_no_link(folder, rows, tmp_path):
     out = run(folder, rows, "--out", tmp_path / "out", "--max-steps", 1)
     (out / "model").rename(tmp_path / "elsewhere")
@@ -734,17 +753,35 @@ def test_rho1_trains_against_a_reference_that_is_gone_by_then(folder, rows, tmp_
 
 @pytest.mark.fast
 def test_rho1_without_a_reference_says_which_two_commands_to_run(capsys, monkeypatch, folder, rows, tmp_path):
-    base = ["--model", folder, "--data", rows]
+    spaced = (tmp_path / "my rows.jsonl").resolve()
+    rows.rename(spaced)
+    small = [
+        "--context",
+        "128",
+        "--micro-batch-tokens",
+        "512",
+        "--batch-size",
+        "4",
+        "--max-steps",
+        "1",
+        "--drop-last",
+        "--betas",
+        "0.8",
+        "0.9",
+    ]
+    base = ["--model", folder, "--data", spaced, *small, "--worst", "important", "--lam-max", "1"]
     code, said = said_by_main(capsys, monkeypatch, *base, "--grouper", "rho1")
     assert code == 1 and "--grouper rho1 needs --reference" in said
     commands = re.findall(r"python train\.py (.*)", said)
-    assert len(commands) == 2 and all(f"--model {folder} --data {rows}" in command for command in commands)
-    small = ["--context", "128", "--micro-batch-tokens", "512", "--batch-size", "4", "--max-steps", "1"]
+    assert len(commands) == 2 and all(f"--model {folder} --data '{spaced}'" in command for command in commands)
     monkeypatch.chdir(tmp_path)
-    for command in commands:  # as printed, but for the size
-        train.train(train.parse_args([*command.split(), *small]))
-    said = said_by_main(capsys, monkeypatch, "--recipe", "alpaca-8b-rho1")[1]
-    assert "--recipe alpaca-8b-sft --out runs/reference" in said and "--recipe alpaca-8b-rho1 --reference runs/reference/model" in said
+    for command in commands:  # as they are printed
+        train.train(train.parse_args(shlex.split(command)))
+    assert metrics("runs/reference")[0]["important"] is None and metrics("runs/run-1")[0]["loss"] == metrics("runs/run-1")[0]["important"]
+    said = said_by_main(capsys, monkeypatch, "--recipe", "alpaca-8b-rho1", "--eta", "0.3", "--data", "my data")[1]
+    assert "--recipe alpaca-8b-sft --data 'my data' --out runs/reference" in said
+    assert "--recipe alpaca-8b-rho1 --data 'my data' --eta 0.3 --reference runs/reference/model" in said
+    assert "--recipe demo --grouper none --out" in said_by_main(capsys, monkeypatch, "--grouper", "rho1")[1]
 
 
 @pytest.mark.fast
