@@ -177,7 +177,7 @@ class Classifier:
         from transformers import AutoModelForTokenClassification, AutoTokenizer
 
         self.device = torch.device(device)
-        self.batch_pieces = 32768 if self.device.type == "cuda" else 2048  # padding included; a CPU gains nothing from more
+        self.batch_pieces = 32768 if self.device.type == "cuda" else 1024  # padding included; a CPU is slower with more (LOG.md)
         try:
             model, report = AutoModelForTokenClassification.from_pretrained(
                 folder, dtype=self.dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True

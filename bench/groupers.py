@@ -1,11 +1,12 @@
-"""Time the groupers against what people would otherwise use, in one run; ratios are of processor time on one thread.
+"""Time the groupers against what people would otherwise use, in one run, on one thread.
 
     python bench/groupers.py                    tfidf and llmlingua2, a few minutes on two cores
     python bench/groupers.py --one tfidf        TF-IDF on all of Alpaca, against scikit-learn's TfidfVectorizer on the same token ids
     python bench/groupers.py --one llmlingua2   mBERT's shape, random weights, against the llmlingua package with the same weights
     python bench/groupers.py --one xlmr         XLM-R large's shape, random weights, bf16: pieces per second on a GPU
 
-What is compared is what both do: from token ids to scores, and, for ours, to groups too; from texts to word probabilities.
+TF-IDF goes from token ids to a score for each token. LLMLingua-2 goes from texts to a probability for each character; the package has
+no call that ends there, so it also drops words and writes what is left, as it is used.
 `llmlingua` needs `pip install -e ".[peers]"`, scikit-learn `".[test]"`. The package's tiktoken, which it would download, is replaced by
 one that costs nothing.
 """
@@ -112,7 +113,7 @@ def llmlingua2(pieces: int) -> None:
             place = Path(folder) / name
             place.mkdir()
             classifier = groupers.Classifier(classifier_folder(place, MBERT, texts, 30_000, SHAPES[MBERT]))
-            ids, _, starts, _ = classifier.words(texts)
+            ids, _, starts = classifier.pieces(texts)
             ours, ours_wall = timed(lambda: classifier.keep(texts), 3)
             classifier = None  # its memory
             compressor = package(place / MBERT)
@@ -129,11 +130,12 @@ def xlmr(pieces: int) -> None:
     texts = [row["conversations"][1] for _, row in read_rows(SHARED / "data" / "lima" / "train.jsonl.gz")]
     with tempfile.TemporaryDirectory() as folder:
         classifier = groupers.Classifier(classifier_folder(folder, XLMR, texts, 30_000, SHAPES[XLMR]), device)
-    ids, _, starts, word = classifier.words(texts)
-    ids, starts, word = ids[:pieces], np.append(starts[starts < pieces], min(pieces, len(ids))), word[:pieces]
-    classifier.probabilities(ids, starts, word)  # warms up
-    _, wall = timed(lambda: classifier.probabilities(ids, starts, word), 3)
-    print(f"xlmr        LIMA's answers, {len(ids):,} pieces on {device}, {classifier.dtype}: {len(ids) / wall:,.0f} pieces/s")
+    ids, _, starts = classifier.pieces(texts)
+    windows = [window for window in classifier.windows(ids, starts) if window[1] <= pieces]
+    read = sum(b - a for a, b in windows)
+    classifier.probabilities(ids, windows)  # warms up
+    _, wall = timed(lambda: classifier.probabilities(ids, windows), 3)
+    print(f"xlmr        LIMA's answers, {read:,} pieces on {device}, {classifier.dtype}: {read / wall:,.0f} pieces/s")
 
 
 def main() -> None:
