@@ -175,9 +175,12 @@ class Classifier:
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu"):
         need_transformers()
         from transformers import AutoModelForTokenClassification, AutoTokenizer
+        from transformers.utils import logging
 
         self.device = torch.device(device)
         self.batch_pieces = 32768 if self.device.type == "cuda" else 1024  # padding included; a CPU is slower with more (LOG.md)
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # a wrong folder gets one line of ours, not its report
         try:
             model, report = AutoModelForTokenClassification.from_pretrained(
                 folder, dtype=self.dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -187,6 +190,8 @@ class Classifier:
             raise ValueError(
                 f"{folder}: transformers cannot load a token classifier from here ({(str(e).strip() or repr(e)).splitlines()[0]})"
             ) from e
+        finally:
+            logging.set_verbosity(verbosity)
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{folder}: no trained {missing[0]}; is it an LLMLingua-2 classifier, for example {LLMLINGUA2}?")
         if model.config.model_type not in ("bert", "xlm-roberta") or model.config.num_labels != 2:

@@ -248,6 +248,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def look(args: argparse.Namespace) -> None:
+    if "llmlingua2" in args.grouper:
+        groupers.need_transformers()
     folder = resolve(args.model)
     llama = LlamaConfig.from_folder(folder)
     tokenizer = Tokenizer(folder, llama.vocab_size)
@@ -257,11 +259,14 @@ def look(args: argparse.Namespace) -> None:
     shown = np.arange(min(3, len(corpus)))
     if args.row:
         if missing := sorted(set(args.row) - set(corpus.rows.tolist())):
-            raise ValueError(f"{args.data}: row {missing[0]} is not among the {len(corpus):,} samples (counted from 1; some are dropped)")
+            raise ValueError(f"{args.data}: row {missing[0]} is not among the {len(corpus):,} samples (rows count from 1)")
         shown = np.unique([i for row in args.row for i in np.flatnonzero(corpus.rows == row)[:3]])
     samples = np.union1d(shown, np.arange(min(args.stats, len(corpus))))
     looked, chosen = views(args, corpus, samples, tokenizer), corpus.take(samples)
     shown = np.searchsorted(samples, shown).tolist()
+    if args.html:
+        Path(args.html).write_text(page(chosen, shown, looked, tokenizer, f"{Path(args.data).name}, η {args.eta:g}"), encoding="utf-8")
+        print(f"wrote {args.html}")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for sample in shown:
         supervised = chosen.loss_mask & (chosen.doc_ids == sample)
@@ -271,9 +276,6 @@ def look(args: argparse.Namespace) -> None:
             picked = f"{view.important[supervised].sum():,} of {supervised.sum():,} tokens important"
             print(f"── {view.name}: {picked} ──\n{marked(chosen, answer, view, colour)}\n")
     print("\n".join(summary(chosen, looked, tokenizer)))
-    if args.html:
-        Path(args.html).write_text(page(chosen, shown, looked, tokenizer, f"{Path(args.data).name}, η {args.eta:g}"), encoding="utf-8")
-        print(f"wrote {args.html}")
 
 
 def main() -> None:

@@ -468,6 +468,8 @@ def resolve(name: str | Path) -> Path:
     """The local folder of a model: a path as it is, or a Hub name, downloaded (config, tokenizer and safetensors only)."""
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).is_file():
+        raise ValueError(f"{name}: a file, expected a model folder (or a Hub name)")
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise ValueError(f"{name}: no such folder (a Hub name has the form organisation/model)")
     folder = download(str(name), ["*.json", "*.safetensors"], '--exclude "original/*"')

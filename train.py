@@ -143,6 +143,8 @@ class Config:
             ),
             (self.grouper != "none" or self.worst == "max", "--worst important needs important tokens; choose a --grouper"),
             (self.grouper != "rho1" or self.reference is not None, self.how_to_reference()),
+            (self.grouper == "rho1" or self.reference is None, f"--reference is for --grouper rho1 alone, not {self.grouper}"),
+            (self.cache is None or not Path(self.cache).is_file(), f"--cache {self.cache}: a file, expected a folder"),
         ]
         for holds, message in checks:
             if not holds:

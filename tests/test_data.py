@@ -543,5 +543,6 @@ def test_alpaca_loses_only_its_28_empty_answers(tmp_path, neox, monkeypatch):
     assert corpus.template == "alpaca" and corpus.counts == {"rows": 3000, "kept": 3000 - empty, "dropped: empty response": empty}
 
     one = np.array([neox.bos, 5], np.int32), np.array([TEMPLATE, RESPONSE], np.uint8)
-    monkeypatch.setattr(data, "tokenize", lambda documents, tokenizer: [one] * len(documents))  # all rows, without the wait
+    tokenized = lambda documents, tokenizer: [(*one, np.zeros((2, 2), np.int64)) for _ in documents]  # noqa: E731
+    monkeypatch.setattr(data, "tokenize", tokenized)  # all rows, without the wait
     assert load_corpus(path, neox, "auto", 4096).counts == {"rows": 52_002, "kept": 51_974, "dropped: empty response": 28}

@@ -62,6 +62,13 @@ def test_the_readmes_look_at_tokens_writes_its_page(tmp_path):
     assert all(f"<h3>{name}</h3>" in page for name in ("tfidf", "frequency", "loss"))
 
 
+def test_the_readme_counts_the_tests(request):
+    chosen = request.config.option
+    if chosen.markexpr or chosen.keyword or len({item.path for item in request.session.items}) < len(list(ROOT.glob("tests/test_*.py"))):
+        pytest.skip("only a part of the tests was asked for")
+    assert f"pass the tests: {len(request.session.items)} tests," in README
+
+
 @pytest.mark.fast
 def test_the_demos_base_is_refused_the_llama3_template():
     tokenizer = data.Tokenizer(recipes.DEMO / "base", 4096)

@@ -647,6 +647,9 @@ MISTAKES = {
     "no such model": (["--model", "absent"], "absent: no such folder"),
     "template": (["--template", "text"], "does not fit --template text"),
     "drop-last": (["--drop-last", "--batch-size", "64"], "make no full batch of 64"),
+    "reference": (["--reference", "phi"], "--reference is for --grouper rho1 alone, not tfidf"),
+    "cache": (["--cache", __file__], "test_train.py: a file, expected a folder"),
+    "model is a file": (["--model", __file__], "test_train.py: a file, expected a model folder"),
 }
 
 
