@@ -1,12 +1,17 @@
-"""The run folder: who may write it, what it records, the picture and the model it ends with. Off the reading path.
+"""The run folder: who may write it, its checkpoints, the picture and the model it ends with. Off the reading path.
 
-OUT/config.json  OUT/metrics.jsonl  OUT/losses.png  OUT/model/  OUT/cache/
+OUT/config.json  OUT/metrics.jsonl  OUT/checkpoints/step-000050/  OUT/losses.png  OUT/model/  OUT/cache/
+
+A checkpoint folder under its own name is whole: it is written under another, synced, then renamed.
 """
 
+import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import count
@@ -14,27 +19,34 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
 
 from data import Tokenizer
 from model import Llama, read_json, write_json
 
-OURS = ("metrics.jsonl", "losses.png", "model", "model.part", "config.json")  # what --overwrite removes, in this order; cached tokens stay
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process may save too
+
+OURS = ("metrics.jsonl", "losses.png", "checkpoints", "model", "model.part", "config.json")  # what --overwrite removes; the cache stays
 WHERE_ONLY = ("recipe", "out", "cache", "overwrite", "dry_run")  # settings that do not change what is trained
+HOW_ONLY = ("shard", "checkpoint_activations", "checkpoint_every", "keep", "resume")  # nor do these, but for rounding
+HELD = []  # the lock of the folder this process writes
 
 
 def finished(cfg) -> bool:
     """Whether --out already holds this very run, complete. Looks only; nothing is written before data and model have been read.
 
     Raises:
-        ValueError: it holds no run at all (--overwrite replaces runs, nothing else), another or an unfinished one without
-            --overwrite, or the very model or data that this run reads.
+        ValueError: it holds no run at all (--overwrite replaces runs, nothing else), another configuration's, an unfinished
+            one that is not to be resumed, or the very model or data that this run reads.
     """
     out = Path(cfg.out) if cfg.out else None
     if out is None or not out.exists():
         return False
     if not out.is_dir():
         raise ValueError(f"{out}: a file, expected a folder")
-    if all(path.name == "cache" for path in out.iterdir()):
+    if all(path.name in ("cache", "lock") for path in out.iterdir()):
         return False
     about = read_json(out / "config.json") if (out / "config.json").is_file() else {}
     before = about.get("config")
@@ -44,41 +56,62 @@ def finished(cfg) -> bool:
         path = getattr(cfg, name)
         if path and Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
             raise ValueError(f"{out}: --{name.replace('_', '-')} {path} lies in it; choose another --out")
-    if cfg.overwrite:
+    if cfg.overwrite and not restarted():
         return False
     elsewhere = "choose another --out, or --overwrite"
-    now = json.loads(json.dumps(asdict(cfg)))
-    if changed := [name for name in now if name not in WHERE_ONLY and before.get(name) != now[name]]:
+    if changed := differing(cfg, before):
         names, name = ", ".join(changed[:3]) + ", …" * (len(changed) > 3), changed[0]
-        raise ValueError(f"{out}: holds a run with another {names} ({name} {before.get(name)}, now {now[name]}); {elsewhere}")
-    if not (out / "model").is_dir():
-        raise ValueError(f"{out}: holds an unfinished run of this configuration; {elsewhere}")
-    return True
+        raise ValueError(f"{out}: holds a run with another {names} ({name} {before.get(name)}, now {getattr(cfg, name)}); {elsewhere}")
+    if not (out / "model").is_dir() and cfg.resume == "never":
+        raise ValueError(f"{out}: holds an unfinished run of this configuration; --resume auto goes on with it, or {elsewhere}")
+    return (out / "model").is_dir()
+
+
+def differing(cfg, before: dict) -> list[str]:
+    """Names of the settings that would make another run of it."""
+    now = json.loads(json.dumps(asdict(cfg)))
+    same = WHERE_ONLY + HOW_ONLY + ("micro_batch_tokens",) * (cfg.scope == "step")
+    return [name for name in now if name not in same and before.get(name) != now[name]]
+
+
+def restarted() -> bool:
+    """Whether torchrun or Slurm started this very command before: then --overwrite has done its work."""
+    return any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def claim(cfg) -> Path:
-    """Create the run folder and its config.json; without --out, the next free runs/<recipe>-<n>.
+    """Create the run folder and its config.json, or take up an unfinished run; without --out, the next free runs/<recipe>-<n>.
 
-    Only --overwrite removes an earlier run's files. Of two processes that start on one folder, the second is refused.
+    Only --overwrite removes an earlier run's files. Of two processes at work on one folder, the second is refused.
     """
+    name = cfg.recipe or "run"
     if cfg.out:
         out = Path(cfg.out)
         out.mkdir(parents=True, exist_ok=True)
-        for path in (out / name for name in OURS) if cfg.overwrite else ():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    elif restarted() and (earlier := sorted(Path("runs").glob(f"{name}-*"), key=lambda path: path.stat().st_mtime)):
+        out = earlier[-1]
     else:
         Path("runs").mkdir(exist_ok=True)
         for n in count(1):
-            out = Path("runs") / f"{cfg.recipe or 'run'}-{n}"
+            out = Path("runs") / f"{name}-{n}"
             try:
                 out.mkdir()
                 break
             except FileExistsError:
                 continue
+    lock = open(out / "lock", "w")  # noqa: SIM115, held until this run ends, however it ends
     try:
-        (out / "config.json").touch(exist_ok=False)
-    except FileExistsError:
-        raise ValueError(f"{out}: another run took it in the meantime; choose another --out") from None
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{out}: another run is at work in it; choose another --out") from None
+    HELD.append(lock)
+    if cfg.overwrite and not restarted():
+        for path in (out / name for name in OURS):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    if (out / "config.json").is_file():
+        if changed := differing(cfg, read_json(out / "config.json")["config"]):
+            raise ValueError(f"{out}: another run took it in the meantime ({changed[0]} differs); choose another --out")
+        return out
     about = {"python": sys.version.split()[0], **{name: version(name) for name in ("torch", "safetensors", "tokenizers", "numpy")}}
     write_json(out / "config.json", {"config": asdict(cfg), "versions": about, "git_commit": git_commit()})
     return out
@@ -93,12 +126,124 @@ def git_commit() -> str | None:
     return git.stdout.strip() or None
 
 
-def export(model: Llama, tokenizer: Tokenizer, template: str, dtype: torch.dtype, out: Path) -> None:
-    """OUT/model in the published layout; a folder of that name is complete."""
+def disk_free(cfg) -> int:
+    """Bytes free where the run folder is, or will be."""
+    place = Path(cfg.out or "runs").absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+# Checkpoints.
+
+
+def state(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Everything that the next step depends on, by name: weights, AdamW's moments. (The order of data and the schedules follow from
+    the number of the step; no random state is drawn from.)"""
+    out = {}
+    for name, p in model.named_parameters():
+        moments = optimizer.state[p] or {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        out |= {name: p.detach(), f"exp_avg.{name}": moments["exp_avg"], f"exp_avg_sq.{name}": moments["exp_avg_sq"]}
+    return out
+
+
+def save(out: Path, step: int, model: Llama, optimizer: torch.optim.Optimizer, keep: int, world) -> None:
+    """OUT/checkpoints/step-<n>, written by all ranks; then all but the newest `keep` go.
+
+    Raises:
+        OSError: it cannot be written; earlier ones are as they were.
+    """
+    folder = out / "checkpoints"
+    part, whole = folder / f"step-{step:06d}.part", folder / f"step-{step:06d}"
+    if world.rank == 0:
+        folder.mkdir(exist_ok=True)
+        for old in folder.glob("*.part"):
+            shutil.rmtree(old)
+    if world.size > 1:
+        dist.barrier()
+    try:
+        dcp.save(state(model, optimizer), checkpoint_id=part, no_dist=world.size == 1)
+    except (dcp.CheckpointException, OSError, RuntimeError) as e:
+        reason = next((str(f) for f in getattr(e, "failures", {}).values()), str(e)).strip().splitlines()
+        kept = max((str(path) for path in folder.glob("step-??????")), default="none")
+        raise OSError(f"{part}: cannot be written ({reason[0][:200]}); is the disk full? The last checkpoint: {kept}") from e
+    if world.rank == 0:
+        about = {"step": step, "ranks": world.size, "files": {path.name: path.stat().st_size for path in part.iterdir()}}
+        write_json(part / "about.json", about)
+        sync(part / "about.json", part)
+        if whole.exists():  # of an earlier try
+            shutil.rmtree(whole)
+        part.rename(whole)
+        sync(folder)
+        for old in sorted(folder.glob("step-??????"))[:-keep]:
+            shutil.rmtree(old)
+    if world.size > 1:
+        dist.barrier()
+
+
+def sync(*paths: Path) -> None:
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+
+def newest(out: Path) -> Path | None:
+    """The newest checkpoint that is whole; says which ones are not."""
+    for path in sorted((out / "checkpoints").glob("step-??????"), reverse=True):
+        try:
+            files = read_json(path / "about.json")["files"]
+            wrong = [name for name, size in files.items() if not (path / name).is_file() or (path / name).stat().st_size != size]
+            if not wrong:
+                return path
+            reason = f"{wrong[0]} is missing or cut short"
+        except (ValueError, KeyError, AttributeError) as e:
+            reason = str(e)
+        print(f"{path}: not whole ({reason}); trying the one before it")
+    return None
+
+
+def resume(out: Path, model: Llama, optimizer: torch.optim.Optimizer, world) -> int:
+    """Put the newest whole checkpoint's state in place; returns how many steps it has behind it, 0 without one.
+
+    The ranks may be more or fewer than those that saved it. The log is cut to those steps, so that none is there twice.
+    """
+    path = world.first("checkpoint", lambda: str(newest(out) or ""))
+    step = read_json(Path(path) / "about.json")["step"] if path else 0
+    if path:
+        loaded = state(model, optimizer)
+        try:
+            dcp.load(loaded, checkpoint_id=path, no_dist=world.size == 1)
+        except (dcp.CheckpointException, OSError, RuntimeError, KeyError) as e:
+            raise ValueError(
+                f"{path}: cannot be read ({(str(e).strip() or repr(e)).splitlines()[0][:200]}); remove it to go on from the one before it"
+            ) from e
+        for name, p in model.named_parameters():
+            moments = {"exp_avg": loaded[f"exp_avg.{name}"], "exp_avg_sq": loaded[f"exp_avg_sq.{name}"]}
+            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
+    log = out / "metrics.jsonl"
+    if world.rank == 0 and log.is_file():
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)[:step]
+        part = log.with_suffix(".part")
+        part.write_text("".join(lines), encoding="utf-8")
+        part.replace(log)
+    return step
+
+
+def export(model: Llama, tokenizer: Tokenizer, template: str, dtype: torch.dtype, out: Path, world) -> None:
+    """OUT/model in the published layout; a folder of that name is complete. A matrix at a time is gathered, on rank 0 a file's worth."""
+
+    def gather(p: torch.Tensor) -> torch.Tensor:
+        return p.full_tensor() if isinstance(p, DTensor) else p
+
     part = out / "model.part"
-    model.save_pretrained(part, dtype)
-    tokenizer.save(part, template)
-    part.rename(out / "model")
+    if world.rank == 0:
+        model.save_pretrained(part, dtype, read=gather)
+        tokenizer.save(part, template)
+        part.rename(out / "model")
+    else:
+        for p in model.parameters():
+            gather(p.detach().to(dtype))
 
 
 def plot_losses(out: Path) -> None:

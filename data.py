@@ -568,21 +568,47 @@ def epoch_order(samples: int, batch_size: int, seed: int, epoch: int, drop_last:
     return [order[i : min(i + batch_size, stop)] for i in range(0, stop, batch_size)]
 
 
-def micro_batches(corpus: Corpus, known: np.ndarray, samples: np.ndarray, max_tokens: int) -> list[Batch]:
-    """One step's samples as few packed rows of at most `max_tokens` positions: longest first, each into the first row it fits.
+def micro_batches(corpus: Corpus, known: np.ndarray, samples: np.ndarray, max_tokens: int, rank: int = 0, ranks: int = 1) -> list[Batch]:
+    """One rank's part of a step's samples, as few packed rows of at most `max_tokens` positions.
+
+    Every rank gets nearly the same number of tokens, and the same number of rows: blank ones fill up.
 
     Args:
         known: (tokens,) any type, aligned with `corpus.ids`; see `Batch`.
     """
-    rows, room = [], []
     need = corpus.lengths[samples] - 1  # positions: a sample's last token is only ever a target
+    rows = [first_fit(need, part, max_tokens) for part in deal(need, ranks)]
+    batches = [pack(corpus, known, samples[row]) for row in rows[rank]]
+    return batches + [blank(corpus, known)] * (max(map(len, rows)) - len(batches))
+
+
+def deal(need: np.ndarray, ranks: int) -> list[list[int]]:
+    """Which samples each rank gets: longest first, each to the rank that has least so far."""
+    hands, load = [[] for _ in range(ranks)], np.zeros(ranks, np.int64)
     for i in np.argsort(-need, kind="stable"):
+        rank = int(load.argmin())
+        hands[rank].append(i)
+        load[rank] += need[i]
+    return hands
+
+
+def first_fit(need: np.ndarray, samples: list[int], max_tokens: int) -> list[list[int]]:
+    """Samples, longest first, each into the first row that it fits."""
+    rows, room = [], []
+    for i in samples:
         row = next((r for r, left in enumerate(room) if left >= need[i]), None)
         if row is None:
             rows, room, row = [*rows, []], [*room, max_tokens], len(rows)
-        rows[row].append(samples[i])
+        rows[row].append(i)
         room[row] -= need[i]
-    return [pack(corpus, known, row) for row in rows]
+    return rows
+
+
+def blank(corpus: Corpus, known: np.ndarray) -> Batch:
+    """A row of one token that is not trained on, for a rank that has fewer rows than another and must still take part."""
+    batch = pack(corpus, known, [0])
+    nowhere = torch.zeros(1, dtype=torch.bool)
+    return Batch(batch.tokens[:, :1], batch.targets[:1], nowhere, batch.known[:1], batch.doc_ids[:1], Layout.packed([1]))
 
 
 def pack(corpus: Corpus, known: np.ndarray, samples: list[int]) -> Batch:

@@ -29,9 +29,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cache import cached, content, source
+from cache import cached, source
 from data import PROMPT, RESPONSE, Batch, Corpus, ragged
-from model import resolve
 
 GROUPERS = ("none", "random", "frequency", "tfidf", "llmlingua2", "loss", "rho1")
 IN_STEP = ("loss", "rho1")  # labelled from the losses of the step
@@ -295,30 +294,27 @@ class Classifier:
 # From scores to groups.
 
 
-def score_corpus(grouper: str, corpus: Corpus, seed: int = 0, llmlingua_model: str = LLMLINGUA2, cache: Path | None = None) -> np.ndarray:
-    """A static grouper's scores, (T,) float32, or what an earlier run left of them in the folder `cache`.
+def score_corpus(grouper: str, corpus: Corpus, seed: int = 0, cache: Path | None = None) -> np.ndarray:
+    """Scores of random, frequency or tfidf, (T,) float32, or what an earlier run left of them in the folder `cache`.
 
-    They are kept under the corpus' content, the grouper and its model; eta only enters when they are turned into groups.
+    They are kept under the corpus' content and the grouper; eta only enters when they are turned into groups.
     """
     if grouper == "random":
         return random(corpus, seed)
-    model, score = [], {"tfidf": tfidf, "frequency": frequency}.get(grouper)
-    if grouper == "llmlingua2":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = resolve(llmlingua_model)
-        model, score = [content(folder), device], lambda corpus: llmlingua2(corpus, Classifier(folder, device))
-    key = [grouper, corpus.digest, source("groupers"), *model]
-    return cached(cache, "scores", key, lambda: ({"scores": score(corpus)}, {}))[0]["scores"]
+    score = {"tfidf": tfidf, "frequency": frequency}[grouper]
+    return cached(cache, "scores", [grouper, corpus.digest, source("groupers")], lambda: ({"scores": score(corpus)}, {}))[0]["scores"]
 
 
-def label_corpus(
-    grouper: str, corpus: Corpus, eta: float, seed: int = 0, llmlingua_model: str = LLMLINGUA2, cache: Path | None = None
-) -> np.ndarray:
-    """A static grouper's verdicts, (T,) bool, aligned with `corpus.ids`; all False where it has none, or none before the step."""
+def label(scores: np.ndarray, corpus: Corpus, eta: float) -> np.ndarray:
+    """A static grouper's verdicts, (T,) bool, aligned with `corpus.ids`."""
+    return important(*map(torch.from_numpy, (scores, corpus.loss_mask, corpus.doc_ids)), eta).numpy()
+
+
+def label_corpus(grouper: str, corpus: Corpus, eta: float, seed: int = 0, cache: Path | None = None) -> np.ndarray:
+    """Verdicts of random, frequency or tfidf; all False for a grouper that has none, or none before the step."""
     if grouper == "none" or grouper in IN_STEP:
         return np.zeros(len(corpus.ids), bool)
-    scores = score_corpus(grouper, corpus, seed, llmlingua_model, cache)
-    return important(*map(torch.from_numpy, (scores, corpus.loss_mask, corpus.doc_ids)), eta).numpy()
+    return label(score_corpus(grouper, corpus, seed, cache), corpus, eta)
 
 
 def labeller(grouper: str, eta: float) -> Label:

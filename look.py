@@ -51,9 +51,10 @@ def views(args: argparse.Namespace, corpus: Corpus, samples: np.ndarray, tokeniz
             check_reference(args, tokenizer)
             scores = nats - losses(args.reference, chosen, args)
         elif name == "llmlingua2":  # reads each answer by itself, so it need not read the others
-            scores = groupers.score_corpus(name, chosen, llmlingua_model=args.llmlingua_model, cache=args.cache)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            scores = groupers.llmlingua2(chosen, groupers.Classifier(resolve(args.llmlingua_model), device))
         else:
-            scores = groupers.score_corpus(name, corpus, args.seed, cache=args.cache)[at]
+            scores = groupers.score_corpus(name, corpus, args.seed, args.cache)[at]
         important = groupers.important(torch.from_numpy(scores), mask, doc_ids, args.eta).numpy()
         rank = np.full(len(scores), np.nan)
         for a, b in zip(chosen.starts, chosen.starts[1:]):

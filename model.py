@@ -13,6 +13,7 @@ stream runs in it; norms, rotary angles and softmax run in float32.
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from inspect import signature
 from itertools import repeat
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 LLAMA3_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -281,12 +283,20 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
 
+Part = Callable[[nn.Parameter], tuple[Tensor, slice]]  # a parameter -> the tensor to fill, and which of its rows that is
+
+
+def whole(p: nn.Parameter) -> tuple[Tensor, slice]:
+    return p, slice(None)
+
+
 class Llama(nn.Module):
     """Llama 3. Build with `from_pretrained`, or on `meta` and fill the parameters in place."""
 
     def __init__(self, cfg: LlamaConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
         self.cfg, self.compute_dtype = cfg, compute_dtype
+        self.recompute = False  # keep only each block's input for backward, and run the block again there
         self.model = Backbone(cfg)
         self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size)
         self.tie()
@@ -302,7 +312,10 @@ class Llama(nn.Module):
         cos, sin = (f(angles)[:, None].to(self.compute_dtype) for f in (torch.cos, torch.sin))  # (B, 1, T, hd/2)
         x = self.model.embed_tokens(tokens).to(self.compute_dtype)  # (B, T, D)
         for block, cache in zip(self.model.layers, caches or repeat(None)):
-            x = block(x, cos, sin, replace(layout, cache=cache))
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, layout, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, replace(layout, cache=cache))
         return self.model.norm(x)
 
     @classmethod
@@ -330,19 +343,23 @@ class Llama(nn.Module):
         return model.load(files) if files else model.init_weights(seed)
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> "Llama":
-        """Fresh weights: matrices normal with the config's `initializer_range`, norms 1; the same on every device."""
+    def init_weights(self, seed: int, part: Part = whole) -> "Llama":
+        """Fresh weights: matrices normal with the config's `initializer_range`, norms 1; the same on every device, and in any parts."""
         generator = torch.Generator().manual_seed(seed)
         for p in self.parameters():
+            target, rows = part(p)
             if p.ndim == 1:
-                p.fill_(1.0)
+                target.fill_(1.0)
             else:
-                p.copy_(torch.empty(p.shape).normal_(0, self.cfg.initializer_range, generator=generator))
+                target.copy_(torch.empty(p.shape).normal_(0, self.cfg.initializer_range, generator=generator)[rows])
         return self
 
     @torch.no_grad()
-    def load(self, files: dict[str, Path]) -> "Llama":
-        """Fill every parameter in place, tensor by tensor, from `files` (tensor name -> safetensors file)."""
+    def load(self, files: dict[str, Path], part: Part = whole) -> "Llama":
+        """Fill every parameter in place, tensor by tensor, from `files` (tensor name -> safetensors file).
+
+        Of a parameter that is here in part, only its rows are read.
+        """
         wanted = dict(self.named_parameters())  # a tied head is one parameter, under the embedding's name
         where = next(iter(files.values())).parent
         if missing := sorted(wanted.keys() - files.keys()):
@@ -360,19 +377,29 @@ class Llama(nn.Module):
             if name not in wanted and name != "lm_head.weight":
                 continue
             param = wanted.get(name, self.lm_head.weight)
-            tensor = read_tensor(path, name)
-            if tensor.shape != param.shape:
-                raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, but config.json makes it {tuple(param.shape)}")
+            target, rows = part(param)
+            if (shape := tensor_shape(path, name)) != tuple(param.shape):
+                raise ValueError(f"{path}: {name} is {shape}, but config.json makes it {tuple(param.shape)}")
+            tensor = read_tensor(path, name, rows)
             if name in wanted:
-                param.copy_(tensor)
-            elif not torch.equal(tensor, read_tensor(files["model.embed_tokens.weight"], "model.embed_tokens.weight")):
+                target.copy_(tensor)
+            elif not torch.equal(tensor, read_tensor(files["model.embed_tokens.weight"], "model.embed_tokens.weight", rows)):
                 raise ValueError(
                     f"{path}: lm_head.weight differs from the embedding, but config.json says they are tied (tie_word_embeddings)"
                 )
         return self
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9) -> None:
-        """Write config.json and the weights in `dtype` (None: as they are), sharded with an index above `max_shard_bytes`."""
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        max_shard_bytes: int = 5 * 10**9,
+        read: Callable[[Tensor], Tensor] = lambda p: p,
+    ) -> None:
+        """Write config.json and the weights in `dtype` (None: as they are), sharded with an index above `max_shard_bytes`.
+
+        `read` gives a parameter's whole value, already in `dtype`; it is called for each once, in the order of `parameters()`.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         shards, size, total = [{}], 0, 0
@@ -386,7 +413,7 @@ class Llama(nn.Module):
         if len(shards) > 1:
             names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         for name, shard in zip(names, shards):
-            tensors = {t: p.detach().to("cpu", dtype or p.dtype).contiguous() for t, p in shard.items()}
+            tensors = {t: read(p.detach().to(dtype or p.dtype)).cpu().contiguous() for t, p in shard.items()}
             write_safetensors(folder / f"{name}.part", tensors, {"format": "pt"})
             saved_dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
             del tensors  # one shard at a time is held in `dtype`
@@ -526,12 +553,18 @@ def open_safetensors(path: Path):
         raise ValueError(f"{path}: not a whole safetensors file ({e}); is the download complete?") from e
 
 
-def read_tensor(path: Path, name: str) -> Tensor:
+def read_tensor(path: Path, name: str, rows: slice = slice(None)) -> Tensor:
+    """A tensor of the file, or some of its rows; the rest is not read."""
     with open_safetensors(path) as f:
         try:
-            return f.get_tensor(name)
+            return f.get_tensor(name) if rows == slice(None) else f.get_slice(name)[rows]
         except SafetensorError as e:
             raise ValueError(f"{path}: cannot read {name} ({e})") from e
+
+
+def tensor_shape(path: Path, name: str) -> tuple[int, ...]:
+    with open_safetensors(path) as f:
+        return tuple(f.get_slice(name).get_shape())
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

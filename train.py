@@ -13,12 +13,15 @@ import argparse
 import json
 import math
 import os
+import re
 import resource
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -26,10 +29,16 @@ from types import UnionType
 # On a CPU oneDNN compiles kernels for every new row length and keeps 1,024 of them, gigabytes; a quarter is no slower (LOG.md).
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "256")
+if os.environ.get("RANK", "0") != "0":
+    os.environ["TQDM_DISABLE"] = "1"  # one progress bar is enough
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from tqdm import tqdm
 
 import checkpoint
@@ -98,6 +107,16 @@ class Config:
     seed: int = opt(0, "of the data order, the random grouper and fresh weights", OPTIM)
     dtype: str = opt("bfloat16", "compute type; parameters, gradients and AdamW stay float32", OPTIM, ("bfloat16", "float32"))
 
+    shard: str | None = opt(
+        None, "weights, gradients, AdamW: fsdp splits them over the ranks, ddp copies them; not given: fsdp where there are several", RUN,
+        ("none", "ddp", "fsdp"),
+    )  # fmt: skip
+    checkpoint_activations: str = opt(
+        "none", "full: keep a block's input alone for backward, and run it again there", RUN, ("none", "full")
+    )
+    checkpoint_every: int = opt(50, "steps between checkpoints, and one at the end and on SIGTERM; 0: none at all", RUN)
+    keep: int = opt(2, "checkpoints to keep, the newest", RUN)
+    resume: str = opt("auto", "auto: go on from the newest whole checkpoint in --out", RUN, ("auto", "never"))
     out: str | None = opt(None, "run folder; not given: the next free runs/<recipe>-<n>", RUN)
     cache: str | None = opt(None, "folder of tokens and scores, for runs to share; not given: OUT/cache, or runs/cache without --out", RUN)
     save_dtype: str | None = opt(None, "type of the saved weights; not given: the compute type", RUN, tuple(DTYPES))
@@ -136,6 +155,10 @@ class Config:
             ),
             (self.weight_decay >= 0 and self.clip >= 0, f"--weight-decay {self.weight_decay} --clip {self.clip}: expected neither below 0"),
             (self.seed >= 0, f"--seed {self.seed}: expected 0 or above"),
+            (
+                self.checkpoint_every >= 0 and self.keep >= 1,
+                f"--checkpoint-every {self.checkpoint_every} --keep {self.keep}: expected 0 or more, and at least 1",
+            ),
             (not self.overwrite or self.out is not None, "--overwrite needs --out: without it every run has a folder of its own"),
             (
                 all(type(v) is not int or v < 2**31 for v in vars(self).values()),
@@ -225,6 +248,238 @@ def batch_nll(model: Llama, batch: Batch) -> Tensor:
     return nll.new_zeros(mask.shape).masked_scatter(mask, nll)  # (T,)
 
 
+def price(objective: Objective, nats: Tensor, tokens: Tensor) -> Tensor:
+    """What one more nat in each group costs: ∂ loss / ∂ nats, (2,) float64."""
+    nats = nats.detach().double().requires_grad_()
+    return torch.autograd.grad(objective(nats, tokens), nats)[0]
+
+
+def backward(cost: Tensor, nats: Tensor) -> None:
+    (cost.to(nats.dtype) * nats).sum().backward()
+
+
+def step(
+    model: Llama, batches: list[Batch], objective: Objective, label: groupers.Label, reduce=lambda t: t, probe: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Put the gradient of one optimizer step into `.grad`; return the step's (nats, tokens), each (2,).
+
+    The loss of Eq. 3-4 depends on the parameters through the step's nats alone, so its gradient is Σ_k price_k · ∇nats_k:
+    exact, however the step is cut into micro-batches and over ranks. Each rank is left with the gradient of its own batches;
+    `combine_gradients` adds them up.
+
+    Args:
+        batches: this rank's; every rank has equally many.
+        reduce:  sums a tensor over ranks, so that a nat has the same price wherever its token landed.
+        probe:   False where prices do not depend on losses (λ = 0: every nat costs 1 / tokens), which saves a forward.
+    """
+    if len(batches) == 1:  # one graph fits: look, then pay
+        nll = batch_nll(model, batches[0])
+        nats, tokens = group_sums(nll, label(nll.detach(), batches[0]), batches[0].loss_mask)
+        total = reduce(nats.detach().double()), reduce(tokens)
+        backward(price(objective, *total), nats)
+        return total
+    if probe:  # several: look first without a graph, +1/3; a token keeps the label it gets here
+        with torch.no_grad():
+            looks = [batch_nll(model, batch) for batch in batches]
+            labels = [label(nll, batch) for nll, batch in zip(looks, batches)]
+        sums = [group_sums(nll, group, batch.loss_mask) for nll, group, batch in zip(looks, labels, batches)]
+        cost = price(objective, *map(reduce, add_up(sums)))
+    else:
+        labels = [None] * len(batches)
+        tokens = reduce(torch.stack([batch.loss_mask.sum() for batch in batches]).sum())
+        cost = price(objective, torch.zeros(2, device=tokens.device), torch.stack([tokens, 0 * tokens]))
+    sums = []
+    for batch, group in zip(batches, labels):
+        nll = batch_nll(model, batch)
+        nats, tokens = group_sums(nll, label(nll.detach(), batch) if group is None else group, batch.loss_mask)
+        backward(cost, nats)
+        sums.append((nats.detach(), tokens))
+    return tuple(map(reduce, add_up(sums)))
+
+
+def micro_batch_step(
+    model: Llama, batches: list[Batch], objective: Objective, label: groupers.Label, reduce=lambda t: t
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`--scope micro_batch`: Σ_m (N_m / N) · L_GO(micro-batch m), what a loss inside an ordinary trainer approximates.
+
+    Returns:
+        nats, tokens (2,) of the step, and its loss ().
+    """
+    supervised = torch.stack([batch.loss_mask.sum() for batch in batches])
+    sums, loss = [], torch.zeros((), dtype=torch.float64, device=supervised.device)
+    for batch, share in zip(batches, supervised / reduce(supervised.sum())):
+        own = (lambda nats, tokens: share * objective(nats, tokens)) if share else (lambda nats, tokens: 0.0 * nats.sum())  # noqa: B023
+        sums.append(step(model, [batch], own, label))
+        loss += own(*sums[-1])
+    nats, tokens = map(reduce, add_up(sums))
+    return nats, tokens, reduce(loss)
+
+
+def add_up(sums: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(nats, tokens) over micro-batches, nats in float64."""
+    nats, tokens = zip(*sums)
+    return torch.stack(nats).double().sum(0), torch.stack(tokens).sum(0)
+
+
+# Ranks.
+
+TIMEOUT = timedelta(minutes=10)  # of a collective: no step takes so long, so a rank is stuck or gone
+
+
+class World:
+    """The processes that torchrun started, this one among them; alone without it."""
+
+    def __init__(self):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            self.store = next(dist.rendezvous("env://"))[0]
+            if self.rank:
+                sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+
+    def first(self, what: str, work: Callable):
+        """What work() returns on rank 0, on every rank; the others wait on the store, as long as it takes. It must be fit for JSON."""
+        if self.size == 1:
+            return work()
+        if self.rank == 0:
+            self.store.set(what, json.dumps(work()))
+        self.wait(what, what)
+        return json.loads(self.store.get(what))
+
+    def all(self, what: str) -> None:
+        """Wait until every rank has come here."""
+        if self.size > 1:
+            self.store.set(f"{what}/{self.rank}", "")
+            for rank in range(self.size):
+                self.wait(f"{what}/{rank}", f"{what} on rank {rank}")
+
+    def wait(self, key: str, what: str) -> None:
+        began = said = time.monotonic()
+        while not self.store.check([key]):
+            time.sleep(0.05)
+            if time.monotonic() > said + 60:
+                said = time.monotonic()
+                print(f"rank {self.rank}: {(said - began) / 60:.0f} min of waiting for {what}", file=sys.stderr, flush=True)
+
+    def open(self) -> None:
+        """Collectives from here on."""
+        if self.size > 1:
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(
+                backend, store=dist.PrefixStore("group", self.store), rank=self.rank, world_size=self.size, timeout=TIMEOUT
+            )
+
+    def close(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    def sum(self, t: Tensor) -> Tensor:
+        """A tensor's sum over ranks."""
+        if self.size > 1:
+            t = t.clone()
+            dist.all_reduce(t)
+        return t
+
+    def arrived(self, step: int) -> None:
+        """Leave word of the step that this rank has come to, for `late`."""
+        if self.size > 1:
+            self.store.set(f"step/{self.rank}", str(step))
+
+    def late(self) -> str:
+        """Which ranks are behind, after a collective failed."""
+        steps = [int(self.store.get(f"step/{rank}")) if self.store.check([f"step/{rank}"]) else 0 for rank in range(self.size)]
+        return ", ".join(f"rank {rank} (at step {at})" for rank, at in enumerate(steps) if at == min(steps))
+
+
+def build(cfg: Config, folder: Path, world: World) -> Llama:
+    """The model with its weights. Under fsdp a rank builds and reads its own rows of every matrix, and no more.
+
+    Norm weights are so few that every rank keeps them whole: they stay float32 in use, where fsdp would cast them with the rest.
+    """
+    dtype = DTYPES[cfg.dtype]
+    if cfg.shard != "fsdp":
+        model = Llama.from_pretrained(folder, dtype, device=world.device, seed=cfg.seed)
+    else:
+        with torch.device("meta"):
+            model = Llama(LlamaConfig.from_folder(folder), dtype)
+        whole = {p for p in model.parameters() if p.ndim == 1}
+        cast = dtype if dtype != torch.float32 else None
+        how = {
+            "mesh": dist.init_device_mesh(world.device.type, (world.size,)),
+            "mp_policy": MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32, cast_forward_inputs=False),
+            "ignored_params": whole,
+        }
+        for module in (*model.model.layers, model):
+            fully_shard(module, **how)
+        model.to_empty(device=world.device)
+        model.tie()
+        files = weight_files(folder)
+        model.load(files, own_rows) if files else model.init_weights(cfg.seed, own_rows)
+    model.recompute = cfg.checkpoint_activations == "full"
+    return model
+
+
+def own_rows(p: torch.nn.Parameter) -> tuple[Tensor, slice]:
+    """Where this rank's part of a parameter is, and which rows of the whole it holds."""
+    if not isinstance(p, DTensor):
+        return p, slice(None)
+    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return p.to_local(), slice(offset[0], offset[0] + shape[0])
+
+
+def local(t: Tensor) -> Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def combine_gradients(model: Llama, world: World) -> None:
+    """Make each gradient the sum over ranks of what `step` left there."""
+    for p in model.parameters():
+        if isinstance(p, DTensor):
+            local(p.grad).mul_(world.size)  # fsdp took the mean; the prices count every token of the step already
+        elif world.size > 1:
+            dist.all_reduce(p.grad)
+
+
+def clip_gradients(model: Llama, largest: float, world: World) -> float:
+    """Scale all gradients to at most this norm (0: not at all); returns the norm they had."""
+    grads = [p.grad for p in model.parameters()]
+    in_parts = [local(g) for g in grads if isinstance(g, DTensor)]
+    whole = [g for g in grads if not isinstance(g, DTensor)]
+    squares = [torch.stack([x.double() for x in torch._foreach_norm(part)]).square().sum() if part else 0.0 for part in (in_parts, whole)]
+    norm = float((world.sum(squares[0]) if in_parts else 0.0) + squares[1]) ** 0.5
+    if largest and math.isfinite(norm) and norm > largest:
+        torch._foreach_mul_([local(g) for g in grads], largest / norm)
+    return norm
+
+
+# Preparation.
+
+
+def prepare(cfg: Config, tokenizer: Tokenizer, cache: Path | None, world: World) -> tuple[Corpus, np.ndarray]:
+    """The corpus, and what its static grouper knows of each token. Rank 0 tokenizes and counts, the others read what it stored."""
+
+    def tokens() -> Corpus:
+        return data.load_corpus(data.data_file(cfg.data), tokenizer, cfg.template, cfg.context, cache)
+
+    world.first("tokens", lambda: bool(tokens()))
+    corpus = tokens()
+    if cfg.grouper == "llmlingua2" and not cfg.dry_run:  # in a dry run it would be minutes on a CPU, for one number of the plan
+        folder = resolve(cfg.llmlingua_model)
+
+        def load() -> Callable[[Corpus], np.ndarray]:
+            classifier = groupers.Classifier(folder, world.device)
+            return lambda part: groupers.llmlingua2(part, classifier)
+
+        key = [content(folder), world.device.type, source("groupers")]
+        scores = in_parts("llmlingua2", corpus, key, load, cache, world)
+        return corpus, groupers.label(scores, corpus, cfg.eta)
+    static = "none" if cfg.grouper == "llmlingua2" else cfg.grouper
+    return corpus, groupers.label_corpus(static, corpus, cfg.eta, cfg.seed, cache)
+
+
 def check_reference(cfg: Config, tokenizer: Tokenizer) -> None:
     """Refuse a `--reference` whose losses could not be compared with the model's, token by token."""
     folder = resolve(cfg.reference)
@@ -239,15 +494,48 @@ def check_reference(cfg: Config, tokenizer: Tokenizer) -> None:
         raise ValueError(f"--context {cfg.context}: the reference {cfg.reference} has {llama.max_position_embeddings} positions")
 
 
-def reference_nll(cfg: Config, corpus: Corpus, cache: Path | None, device: torch.device) -> np.ndarray:
-    """Rho-1's φ: `corpus_nll` under `--reference`, computed once for a data set; the model is gone afterwards."""
+def reference_nll(cfg: Config, corpus: Corpus, cache: Path | None, world: World) -> np.ndarray:
+    """Rho-1's φ: `corpus_nll` under `--reference`, computed once for a data set, by all ranks; the model is gone afterwards."""
     folder, dtype = resolve(cfg.reference), DTYPES[cfg.dtype]
 
-    def make() -> tuple[Arrays, dict]:
-        return {"nats": corpus_nll(Llama.from_pretrained(folder, dtype, dtype, device), corpus, cfg.micro_batch_tokens)}, {}
+    def score() -> Callable[[Corpus], np.ndarray]:
+        model = Llama.from_pretrained(folder, dtype, dtype, world.device)
+        return lambda part: corpus_nll(model, part, cfg.micro_batch_tokens)
 
-    key = [corpus.digest, content(folder), cfg.dtype, device.type, source("data", "model", "sftgo", "train")]
-    return cached(cache, "reference", key, make)[0]["nats"]
+    key = [content(folder), cfg.dtype, world.device.type, source("data", "model", "sftgo", "train")]
+    return in_parts("reference", corpus, key, score, cache, world)
+
+
+PARTS = 8  # of a data set, for up to so many ranks; the same for any number of them, so that what one run stored serves another
+
+
+def in_parts(kind: str, corpus: Corpus, key: list, load: Callable, cache: Path | None, world: World) -> np.ndarray:
+    """What load() gives for each token of a corpus, (tokens,): every rank scores and stores its parts, then reads them all.
+
+    There is no collective in it that a slow rank could time out.
+    """
+    parts = [np.arange(part, len(corpus), PARTS) for part in range(PARTS)]
+    scorer, found = None, {}
+    for n in range(world.rank, PARTS, world.size):
+
+        def make(samples=parts[n]) -> tuple[Arrays, dict]:
+            nonlocal scorer
+            scorer = scorer or load()
+            return {"values": scorer(corpus.take(samples)) if len(samples) else np.zeros(0, np.float32)}, {}
+
+        found[n] = cached(cache, kind, [corpus.digest, n, *key], make)[0]["values"]
+    scorer = None
+    world.all(kind)
+    values = np.zeros(len(corpus.ids), np.float32)
+    for n, samples in enumerate(parts):
+        if n not in found:
+            found[n] = cached(cache, kind, [corpus.digest, n, *key], lambda: lost(kind, cache))[0]["values"]
+        values[data.ragged(corpus.starts[samples], corpus.lengths[samples])] = found[n]
+    return values
+
+
+def lost(kind: str, cache: Path | None):
+    raise ValueError(f"{cache}: another rank's {kind} is not here; is --cache, or --out, a folder that all nodes share?")
 
 
 @torch.no_grad()
@@ -261,107 +549,51 @@ def corpus_nll(model: Llama, corpus: Corpus, max_tokens: int) -> np.ndarray:
     return nats
 
 
-def price(objective: Objective, nats: Tensor, tokens: Tensor) -> Tensor:
-    """What one more nat in each group costs: ∂ loss / ∂ nats, (2,) float64."""
-    nats = nats.detach().double().requires_grad_()
-    return torch.autograd.grad(objective(nats, tokens), nats)[0]
-
-
-def backward(cost: Tensor, nats: Tensor) -> None:
-    (cost.to(nats.dtype) * nats).sum().backward()
-
-
-def step(model: Llama, batches: list[Batch], objective: Objective, label: groupers.Label, probe: bool = True) -> tuple[Tensor, Tensor]:
-    """Put the gradient of one optimizer step into `.grad`; return the step's (nats, tokens), each (2,).
-
-    The loss of Eq. 3-4 depends on the parameters through the step's nats alone, so its gradient is Σ_k price_k · ∇nats_k:
-    exact, however the step is cut into micro-batches.
-
-    Args:
-        probe: False where prices do not depend on losses (λ = 0: every nat costs 1 / tokens), which saves a forward.
-    """
-    if len(batches) == 1:  # one graph fits: look, then pay
-        nll = batch_nll(model, batches[0])
-        nats, tokens = group_sums(nll, label(nll.detach(), batches[0]), batches[0].loss_mask)
-        backward(price(objective, nats, tokens), nats)
-        return nats.detach().double(), tokens
-    if probe:  # several: look first without a graph, +1/3; a token keeps the label it gets here
-        with torch.no_grad():
-            looks = [batch_nll(model, batch) for batch in batches]
-            labels = [label(nll, batch) for nll, batch in zip(looks, batches)]
-        sums = [group_sums(nll, group, batch.loss_mask) for nll, group, batch in zip(looks, labels, batches)]
-        cost = price(objective, *add_up(sums))
-    else:
-        labels = [None] * len(batches)
-        tokens = torch.stack([batch.loss_mask.sum() for batch in batches]).sum()
-        cost = price(objective, torch.zeros(2, device=tokens.device), torch.stack([tokens, 0 * tokens]))
-    sums = []
-    for batch, group in zip(batches, labels):
-        nll = batch_nll(model, batch)
-        nats, tokens = group_sums(nll, label(nll.detach(), batch) if group is None else group, batch.loss_mask)
-        backward(cost, nats)
-        sums.append((nats.detach(), tokens))
-    return add_up(sums)
-
-
-def micro_batch_step(model: Llama, batches: list[Batch], objective: Objective, label: groupers.Label) -> tuple[Tensor, Tensor, Tensor]:
-    """`--scope micro_batch`: Σ_m (N_m / N) · L_GO(micro-batch m), what a loss inside an ordinary trainer approximates.
-
-    Returns:
-        nats, tokens (2,) of the step, and its loss ().
-    """
-    supervised = torch.stack([batch.loss_mask.sum() for batch in batches])
-    sums, losses = [], []
-    for batch, share in zip(batches, supervised / supervised.sum()):
-        sums.append(step(model, [batch], lambda nats, tokens: share * objective(nats, tokens), label))  # noqa: B023, called at once
-        losses.append(share * objective(*sums[-1]))
-    return *add_up(sums), torch.stack(losses).sum()
-
-
-def add_up(sums: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(nats, tokens) over micro-batches, nats in float64."""
-    nats, tokens = zip(*sums)
-    return torch.stack(nats).double().sum(0), torch.stack(tokens).sum(0)
-
-
-def lr_at(step: int, total_steps: int, lr: float, schedule: str, warmup_ratio: float) -> float:
-    """Learning rate after `step` finished steps: linear warm-up over ceil(ratio · total), never 0, then the schedule to 0."""
-    warmup = math.ceil(warmup_ratio * total_steps - 1e-9)  # 0.07 of 100 is 7, in floats too
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    done = (step - warmup) / (total_steps - warmup)
-    return lr * {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[schedule]
-
-
 # The plan.
 
 
-def memory_needed(cfg: LlamaConfig, parameters: int, positions: int, compute_bytes: int) -> dict[str, int]:
-    """Bytes of the largest micro-batch's step, by what they are for.
+def memory_needed(
+    cfg: LlamaConfig, parameters: int, positions: int, compute_bytes: int, ranks: int = 1, recompute: bool = False
+) -> dict[str, int]:
+    """Bytes on one rank for its largest micro-batch's step, by what they are for.
 
-    A parameter takes 16 bytes: itself, its gradient and AdamW's two moments, each float32. A position of a layer keeps for
-    backward: two norms' float32 input, float32 normalized row (a fused kernel saves this one) and output, q, k, v, the
-    attention's output twice, and four feed-forward rows. The head holds one chunk of logits, its float32 copy, and its
-    weight's cast and gradient.
+    A parameter takes 16 bytes: itself, its gradient and AdamW's two moments, each float32; fsdp splits them over `ranks`. A
+    position of a layer keeps for backward: two norms' float32 input, float32 normalized row (a fused kernel saves this one)
+    and output, q, k, v, the attention's output twice, and four feed-forward rows; with `recompute` its input alone, and all
+    that of one layer at a time. The head holds one chunk of logits, its float32 copy, and its weight's cast and gradient.
+    Over several ranks come the gathered weights and gradients of the embedding, the head and two layers, in the compute
+    dtype, and the largest of these gradients in float32 on its way to its ranks.
     """
     D, q, kv, ff = cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim, cfg.intermediate_size
     layer = 2 * 8 * D + compute_bytes * (2 * D + 3 * q + 2 * kv + 4 * ff)
-    return {
-        "weights, gradients, AdamW": 16 * parameters,
-        "activations": positions * (cfg.num_hidden_layers * layer + (8 + 2 * compute_bytes) * D),
+    layers = cfg.num_hidden_layers * layer if not recompute else cfg.num_hidden_layers * compute_bytes * D + layer
+    block = D * (2 * q + 2 * kv + 3 * ff)
+    root = parameters - cfg.num_hidden_layers * block
+    needed = {
+        "weights, gradients, AdamW": 16 * parameters // ranks,
+        "activations": positions * (layers + (8 + 2 * compute_bytes) * D),
         "logits": cfg.vocab_size * (min(1024, positions) * (4 + 2 * compute_bytes) + (4 + 2 * compute_bytes) * D),
     }
+    return needed | ({"gathered": 2 * compute_bytes * (root + 2 * block) + 4 * max(root, block)} if ranks > 1 else {})
 
 
-def print_plan(cfg: Config, corpus: Corpus, known: np.ndarray, llama: LlamaConfig, fresh: bool, steps: int, per_epoch: int) -> None:
-    """Say, before anything large is loaded, what will be trained on what."""
+def print_plan(
+    cfg: Config, corpus: Corpus, known: np.ndarray, llama: LlamaConfig, fresh: bool, steps: int, per_epoch: int, ranks: int = 1
+) -> None:
+    """Say, before anything large is loaded, what will be trained on what.
+
+    Raises:
+        ValueError: the disk cannot hold the checkpoints.
+    """
     mask = corpus.loss_mask
     counts = dict(corpus.counts)
     rows, kept = counts.pop("rows"), counts.pop("kept")
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Llama(llama).parameters())
-    positions = min(cfg.micro_batch_tokens, int(np.sort(corpus.lengths - 1)[-cfg.batch_size :].sum()))
-    memory = memory_needed(llama, parameters, positions, DTYPES[cfg.dtype].itemsize)
+    lengths = np.sort(corpus.lengths - 1)
+    positions = min(cfg.micro_batch_tokens, max(int(lengths[-1]), math.ceil(lengths[-cfg.batch_size :].sum() / ranks)))
+    split = ranks if cfg.shard == "fsdp" else 1
+    memory = memory_needed(llama, parameters, positions, DTYPES[cfg.dtype].itemsize, split, cfg.checkpoint_activations == "full")
     weight = f"{cfg.lam_max:g}" if cfg.lam_max == cfg.lam_min else f"{cfg.lam_max:g} → {cfg.lam_min:g}"
     share = f"{known[mask].mean():.1%} of the supervised tokens important"
     if cfg.grouper in groupers.IN_STEP:
@@ -369,18 +601,33 @@ def print_plan(cfg: Config, corpus: Corpus, known: np.ndarray, llama: LlamaConfi
     elif cfg.dry_run and cfg.grouper == "llmlingua2":
         share = f"{cfg.llmlingua_model} will score the answers"
     groups = f"{cfg.grouper}, η {cfg.eta:g}: {share}; λ {weight}, worst {cfg.worst}, scope {cfg.scope}"
+    saves = (
+        f"{12 * parameters / 1e9:.2g} GB each, every {cfg.checkpoint_every} steps, the newest {cfg.keep} kept"
+        if cfg.checkpoint_every
+        else "none"
+    )
+    free = checkpoint.disk_free(cfg)
     lines = {
         "data": f"{cfg.data}: {rows:,} rows, {kept:,} {'pieces' if corpus.template == 'text' else 'samples kept'}"
         + "".join(f"; {n:,} {what}" for what, n in counts.items()),
         "tokens": f"{len(mask):,}, {mask.mean():.1%} supervised; longest sample {corpus.lengths.max():,}; template {corpus.template}",
         "groups": "none: plain cross-entropy" if cfg.grouper == "none" else groups,
         "steps": f"{per_epoch:,} an epoch, {cfg.batch_size} samples each; {steps:,} in all; micro-batches of up to {positions:,} tokens",
+        "ranks": f"{ranks}, {cfg.shard}" if ranks > 1 else "",
         "model": f"{cfg.model}: {parameters / 1e6:,.1f}M parameters{' (fresh: no weights in the folder)' * fresh}, computed in {cfg.dtype}",
-        "memory": f"about {sum(memory.values()) / 1e9:.2g} GB of tensors: "
+        "memory": f"about {sum(memory.values()) / 1e9:.2g} GB of tensors{' on each rank' * (ranks > 1)}: "
         + ", ".join(f"{what} {n / 1e9:.2g}" for what, n in memory.items()),
+        "saves": f"checkpoints: {saves}",
     }
+    lines = {name: text for name, text in lines.items() if text}
     for name, text in lines.items():
         print(f"{name:<8}{text}")
+    needed = 12 * parameters * (cfg.keep + 1) if cfg.checkpoint_every else 0
+    if needed > free:
+        raise ValueError(
+            f"{cfg.out or 'runs'}: {free / 1e9:.3g} GB free, but {cfg.keep} checkpoints and one being written take {needed / 1e9:.3g} GB; "
+            "choose an --out on a larger disk, a smaller --keep, or --checkpoint-every 0"
+        )
 
 
 # The loop.
@@ -404,7 +651,13 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def train(cfg: Config) -> Path | None:
     """Run `cfg` to its end; returns the run folder (None after --dry-run)."""
-    folder = resolve(cfg.model)
+    world = World()
+    cfg = replace(cfg, shard=cfg.shard or ("fsdp" if world.size > 1 else "none"))
+    if (cfg.shard == "none") != (world.size == 1):
+        raise ValueError(
+            f"--shard {cfg.shard} with {world.size} process{'es' * (world.size > 1)}: fsdp and ddp are for several (torchrun), none for one"
+        )
+    folder = Path(world.first("model", lambda: str(resolve(cfg.model))))
     llama = LlamaConfig.from_folder(folder)
     if cfg.context > llama.max_position_embeddings:
         raise ValueError(f"--context {cfg.context}: {cfg.model} has {llama.max_position_embeddings} positions (max_position_embeddings)")
@@ -412,66 +665,123 @@ def train(cfg: Config) -> Path | None:
     if cfg.template == "llama3":
         data.require_trained_headers(folder, tokenizer)
     if cfg.grouper == "rho1":
-        check_reference(cfg, tokenizer)
+        world.first("reference model", lambda: check_reference(cfg, tokenizer))
     elif cfg.grouper == "llmlingua2":
         groupers.need_transformers()
-        resolve(cfg.llmlingua_model)
-    if not cfg.dry_run and checkpoint.finished(cfg):
+        world.first("classifier", lambda: str(resolve(cfg.llmlingua_model)))
+    if not cfg.dry_run and world.first("run folder", lambda: checkpoint.finished(cfg)):
         print(f"{cfg.out}: this run is already finished; nothing to do")
         return Path(cfg.out)
 
     cache = Path(cfg.cache) if cfg.cache else None if cfg.dry_run else Path(cfg.out or "runs") / "cache"
-    corpus = data.load_corpus(data.data_file(cfg.data), tokenizer, cfg.template, cfg.context, cache)
-    unscored = cfg.dry_run and cfg.grouper == "llmlingua2"  # minutes on a CPU, for one number of the plan
-    known = groupers.label_corpus("none" if unscored else cfg.grouper, corpus, cfg.eta, cfg.seed, cfg.llmlingua_model, cache)
+    corpus, known = prepare(cfg, tokenizer, cache, world)
     per_epoch = len(data.epoch_order(len(corpus), cfg.batch_size, cfg.seed, 0, cfg.drop_last))
     total_steps = min(cfg.epochs * per_epoch, cfg.max_steps or sys.maxsize)
     if not total_steps:
         raise ValueError(
             f"{cfg.data}: {len(corpus)} samples make no full batch of {cfg.batch_size}; lower --batch-size or leave out --drop-last"
         )
-    print_plan(cfg, corpus, known, llama, not weight_files(folder), total_steps, per_epoch)
+    print_plan(cfg, corpus, known, llama, not weight_files(folder), total_steps, per_epoch, world.size)
     if cfg.dry_run:
         return None
+    try:
+        return fit(cfg, folder, tokenizer, corpus, known, cache, total_steps, per_epoch, world)
+    except RuntimeError as e:
+        if world.size > 1 and re.search("(?i)timed? ?out|connection|peer|closed", str(e)):
+            raise ValueError(f"rank {world.rank}: a collective failed; behind the others: {world.late()} ({str(e).splitlines()[0]})") from e
+        raise
+    finally:
+        checkpoint.HELD.clear()
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+def fit(
+    cfg: Config, folder: Path, tokenizer: Tokenizer, corpus: Corpus, known: np.ndarray, cache: Path | None,
+    total_steps: int, per_epoch: int, world: World,
+) -> Path:  # fmt: skip
+    """Everything after the plan: weights, the steps, the model in the end."""
     if cfg.grouper == "rho1":
-        known = reference_nll(cfg, corpus, cache, device)
-    model = Llama.from_pretrained(folder, DTYPES[cfg.dtype], device=device, seed=cfg.seed)
+        known = reference_nll(cfg, corpus, cache, world)
+    world.all("data")
+    world.open()
+    model = build(cfg, folder, world)
     optimizer = adamw(model, cfg)
-    out = checkpoint.claim(cfg)
-    print(f"run     {out}, on {device}")
+    out = Path(world.first("claim", lambda: str(checkpoint.claim(cfg))))
+    begun = checkpoint.resume(out, model, optimizer, world) if cfg.resume == "auto" else 0
+    print(f"run     {out}, on {world.device.type}" + f", {world.size} ranks" * (world.size > 1) + f", after step {begun}" * bool(begun))
+    stop = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    try:
+        ended = loop(cfg, model, optimizer, corpus, known, out, begun, total_steps, per_epoch, world, stop)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if not ended:
+        return out
+
+    broken = torch.stack([~local(p).isfinite().all() for p in model.parameters()]).sum()
+    if world.sum(broken):
+        raise ValueError(f"{out}: the last update left weights that are not finite; no model written. Lower --lr")
+    checkpoint.export(model, tokenizer, corpus.template, DTYPES[cfg.save_dtype or cfg.dtype], out, world)
+    if world.rank == 0:
+        checkpoint.plot_losses(out)
+        print(f"wrote   {', '.join(sorted(p.name for p in out.iterdir() if p.name not in ('cache', 'lock')))} in {out}")
+    print_sample(model, tokenizer, corpus)
+    world.close()
+    return out
+
+
+def loop(
+    cfg: Config, model: Llama, optimizer: torch.optim.Optimizer, corpus: Corpus, known: np.ndarray, out: Path,
+    begun: int, total_steps: int, per_epoch: int, world: World, stop: list,
+) -> bool:  # fmt: skip
+    """The steps from `begun` on; False where a SIGTERM ended them."""
+    order = None
     with (
-        open(out / "metrics.jsonl", "w", encoding="utf-8") as log,
-        tqdm(total=total_steps, unit="step", disable=None, dynamic_ncols=True) as bar,
+        open(out / "metrics.jsonl" if world.rank == 0 else os.devnull, "a", encoding="utf-8") as log,
+        tqdm(total=total_steps, initial=begun, unit="step", disable=None, dynamic_ncols=True) as bar,
     ):
-        for done in range(total_steps):
+        for done in range(begun, total_steps):
             epoch, at = divmod(done, per_epoch)
-            if at == 0:
+            if at == 0 or order is None:
                 order = data.epoch_order(len(corpus), cfg.batch_size, cfg.seed, epoch, cfg.drop_last)
             began = time.perf_counter()
-            batches = [batch.to(device) for batch in data.micro_batches(corpus, known, order[at], cfg.micro_batch_tokens)]
-            row = {"step": done + 1, "epoch": epoch, **update(model, optimizer, batches, cfg, done, total_steps)}
-            read = sum(batch.tokens.numel() for batch in batches)
+            world.arrived(done + 1)
+            batches = data.micro_batches(corpus, known, order[at], cfg.micro_batch_tokens, world.rank, world.size)
+            batches = [batch.to(world.device) for batch in batches]
+            row = {"step": done + 1, "epoch": epoch, **update(model, optimizer, batches, cfg, done, total_steps, world)}
+            read = int((corpus.lengths[order[at]] - 1).sum())
             seconds = time.perf_counter() - began
-            row |= {"tokens": read, "seconds": seconds, "tokens_per_second": read / seconds, "peak_memory_bytes": peak_memory_bytes(device)}
+            memory = peak_memory_bytes(world.device)
+            row |= {"tokens": read, "seconds": seconds, "tokens_per_second": read / seconds, "peak_memory_bytes": memory}
             log.write(json.dumps(row) + "\n")
             log.flush()
             bar.set_postfix_str(f"loss {row['loss']:.3f}, important {shown(row['important'])}, unimportant {shown(row['unimportant'])}")
             bar.update()
-            if done == 0 or done + 1 == total_steps or (done + 1) % math.ceil(total_steps / 10) == 0:
-                bar.write(log_line(row, total_steps))
+            if done == begun or done + 1 == total_steps or (done + 1) % math.ceil(total_steps / 10) == 0:
+                bar.write(log_line(row, total_steps), file=sys.stdout)
+            stopped = bool(world.sum(torch.tensor(len(stop), device=world.device)))  # a signal may reach one rank before another
+            last = done + 1 == total_steps
+            if cfg.checkpoint_every and (stopped or last or (done + 1) % cfg.checkpoint_every == 0):
+                os.fsync(log.fileno()) if world.rank == 0 else None
+                checkpoint.save(out, done + 1, model, optimizer, cfg.keep, world)
+            if stopped and not last:
+                kept = "; its checkpoint is saved, start it again to go on" if cfg.checkpoint_every else ""
+                print(f"stopped by SIGTERM after step {done + 1} of {total_steps}{kept}", flush=True)
+                return False
+    return True
 
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise ValueError(f"{out}: the last update left weights that are not finite; no model written. Lower --lr")
-    checkpoint.export(model, tokenizer, corpus.template, DTYPES[cfg.save_dtype or cfg.dtype], out)
-    checkpoint.plot_losses(out)
-    print(f"wrote   {', '.join(sorted(p.name for p in out.iterdir() if p.name != 'cache'))} in {out}")
-    print_sample(model, tokenizer, corpus)
-    return out
+
+def lr_at(step: int, total_steps: int, lr: float, schedule: str, warmup_ratio: float) -> float:
+    """Learning rate after `step` finished steps: linear warm-up over ceil(ratio · total), never 0, then the schedule to 0."""
+    warmup = math.ceil(warmup_ratio * total_steps - 1e-9)  # 0.07 of 100 is 7, in floats too
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    done = (step - warmup) / (total_steps - warmup)
+    return lr * {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[schedule]
 
 
-def update(model: Llama, optimizer: torch.optim.Optimizer, batches: list[Batch], cfg: Config, done: int, total_steps: int) -> dict:
+def update(
+    model: Llama, optimizer: torch.optim.Optimizer, batches: list[Batch], cfg: Config, done: int, total_steps: int, world: World
+) -> dict:
     """One optimizer step, the one after `done` others; returns its part of the log.
 
     Raises:
@@ -480,11 +790,12 @@ def update(model: Llama, optimizer: torch.optim.Optimizer, batches: list[Batch],
     lam = lam_at(done, total_steps, cfg.lam_max, cfg.lam_min)
     objective, label = partial(sft_go, lam=lam, worst=cfg.worst), groupers.labeller(cfg.grouper, cfg.eta)
     if cfg.scope == "step":
-        nats, tokens = step(model, batches, objective, label, probe=lam > 0 and cfg.grouper != "none")
+        nats, tokens = step(model, batches, objective, label, world.sum, probe=lam > 0 and cfg.grouper != "none")
         loss = objective(nats, tokens)
     else:
-        nats, tokens, loss = micro_batch_step(model, batches, objective, label)
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf))
+        nats, tokens, loss = micro_batch_step(model, batches, objective, label, world.sum)
+    combine_gradients(model, world)
+    grad_norm = clip_gradients(model, cfg.clip, world)
     lr = lr_at(done, total_steps, cfg.lr, cfg.schedule, cfg.warmup_ratio)
     row = metrics(nats, tokens) | {"lam": lam, "lr": lr, "grad_norm": grad_norm}
     row = {"loss": float(loss), **row}
@@ -539,7 +850,9 @@ def print_sample(model: Llama, tokenizer: Tokenizer, corpus: Corpus) -> None:
 
 def main() -> None:
     try:
-        train(parse_args())
+        out = train(parse_args())
+        if out and not (out / "model").is_dir():
+            sys.exit(143)  # 128 + SIGTERM: not finished, for whoever starts it again
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     except RuntimeError as e:

@@ -15,6 +15,7 @@ from classifiers import MBERT, XLMR, classifier_folder
 from tiny import TEXTS, tiny_folder
 
 import groupers
+import train
 from data import RESPONSE, Tokenizer, load_corpus
 from groupers import Classifier, llmlingua2, span_means
 from model import LlamaConfig
@@ -338,27 +339,42 @@ def test_the_global_random_state_is_as_before(folders, corpus_and_folder):
     corpus, _ = corpus_and_folder
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     for kind in folders:
-        assert groupers.label_corpus("llmlingua2", corpus, 0.7, llmlingua_model=folders[kind]).any()
+        assert groupers.label(llmlingua2(corpus, Classifier(folders[kind])), corpus, 0.7).any()
     assert torch.equal(before[0], torch.get_rng_state()) and random.getstate() == before[2]
     assert (np.random.get_state()[1] == before[1]).all()
 
 
 def test_scores_are_reused_for_another_eta_and_made_again_for_another_model(folders, corpus_and_folder, tmp_path, monkeypatch):
-    corpus, cache, calls = corpus_and_folder[0], tmp_path / "cache", []
-    keep = Classifier.keep
+    corpus, folder = corpus_and_folder
+    tokenizer, calls, keep = Tokenizer(folder, LlamaConfig.from_folder(folder).vocab_size), [], Classifier.keep
     monkeypatch.setattr(Classifier, "keep", lambda self, texts: calls.append(self) or keep(self, texts))
-    labels = [groupers.label_corpus("llmlingua2", corpus, eta, seed, folders[MBERT], cache) for eta in (0.3, 0.9) for seed in (0, 1)]
-    assert len(calls) == 1 and labels[0].sum() > labels[2].sum() and (labels[0] == labels[1]).all()
-    groupers.label_corpus("llmlingua2", corpus, 0.9, 0, folders[XLMR], cache)
-    assert len(calls) == 2
-    config = json.loads((folders[XLMR] / "config.json").read_text())
-    (folders[XLMR] / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-6}))
-    groupers.label_corpus("llmlingua2", corpus, 0.9, 0, folders[XLMR], cache)
-    assert len(calls) == 3
-    (folders[XLMR] / "config.json").write_text(json.dumps(config))
-    (folders[XLMR] / "vocab.txt").write_text("what a tokenizer may read too")
-    groupers.label_corpus("llmlingua2", corpus, 0.9, 0, folders[XLMR], cache)
-    assert len(calls) == 4
+
+    def verdicts(classifier, eta, seed):
+        flags = f"--model {folder} --data {tmp_path / 'rows.jsonl'} --context 512 --grouper llmlingua2 --eta {eta} --seed {seed}"
+        cfg = train.parse_args([*flags.split(), "--llmlingua-model", str(classifier)])
+        return train.prepare(cfg, tokenizer, tmp_path / "cache", train.World())[1]
+
+    labels = [verdicts(folders[MBERT], eta, seed) for eta in (0.3, 0.9) for seed in (0, 1)]
+    loaded = len(set(calls))
+    assert loaded == 1 and labels[0].sum() > labels[2].sum() and (labels[0] == labels[1]).all()
+    scores = llmlingua2(corpus, Classifier(folders[MBERT]))  # all samples at once
+    assert (groupers.label(scores, corpus, 0.3) == labels[0]).all()
+    calls.clear()
+    verdicts(folders[XLMR], 0.9, 0)
+    assert len(set(calls)) == 1
+    config = (folders[XLMR] / "config.json").read_text()
+    for name, text in (
+        ("config.json", json.dumps(json.loads(config) | {"layer_norm_eps": 1e-6})),
+        ("vocab.txt", "a tokenizer may read it"),
+    ):
+        (folders[XLMR] / name).write_text(text)
+        calls.clear()
+        verdicts(folders[XLMR], 0.9, 0)
+        assert len(set(calls)) == 1
+        calls.clear()
+        verdicts(folders[XLMR], 0.9, 0)
+        assert not calls
+    (folders[XLMR] / "config.json").write_text(config)
     (folders[XLMR] / "vocab.txt").unlink()
 
 
@@ -402,5 +418,3 @@ def test_a_folder_that_is_no_such_classifier_is_refused(tmp_path, folders, corpu
     (tmp_path / "headless" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="cannot load a token classifier from here"):
         Classifier(tmp_path / "headless")
-    with pytest.raises(ValueError, match="no such folder"):
-        groupers.score_corpus("llmlingua2", corpus_and_folder[0], llmlingua_model=str(tmp_path / "nowhere"))

@@ -195,7 +195,7 @@ def test_llmlingua2_reads_only_the_samples_looked_at(here, corpus, tmp_path, mon
     args = arguments(here, "--grouper", "llmlingua2", "--llmlingua-model", str(classifier))
     (view,) = look.views(args, corpus, samples, Tokenizer(here / "model", 512))
     assert read == [" " + TEXTS[0].rstrip("\n"), " b b b c.", " e f."] or read == [" " + TEXTS[0], " b b b c.", " e f."]
-    everything = groupers.score_corpus("llmlingua2", corpus, llmlingua_model=str(classifier))
+    everything = groupers.llmlingua2(corpus, groupers.Classifier(classifier))
     chosen = corpus.take(samples)
     both = [everything[a:b] for a, b in (corpus.starts[[0, 1]], corpus.starts[[2, 3]])]
     np.testing.assert_allclose(view.scores, np.concatenate(both), atol=1e-5)

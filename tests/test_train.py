@@ -470,7 +470,7 @@ def test_dry_run_prints_the_plan_before_it_loads_a_weight_and_writes_nothing(fol
     before = sorted(tmp_path.rglob("*"))
     assert run(folder, rows, "--dry-run") is None
     said = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
-    assert list(said) == ["data", "tokens", "groups", "steps", "model", "memory"]
+    assert list(said) == ["data", "tokens", "groups", "steps", "model", "memory", "saves"]
     assert said["data"].endswith("rows.jsonl: 11 rows, 11 samples kept") and said["steps"].startswith(
         "3 an epoch, 4 samples each; 6 in all;"
     )
@@ -509,8 +509,10 @@ def test_a_finished_run_says_so_and_any_other_folder_is_refused(folder, rows, tm
     with pytest.raises(ValueError, match=r"holds a run with another lr \(lr 0.01, now 0.02\); choose another --out, or --overwrite"):
         run(folder, rows, "--out", out, "--lr", 0.02)
     (out / "model").rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match="unfinished run"):
-        run(folder, rows, "--out", out)
+    with pytest.raises(ValueError, match="unfinished run of this configuration; --resume auto goes on with it"):
+        run(folder, rows, "--out", out, "--resume", "never")
+    run(folder, rows, "--out", out)  # from its last checkpoint, with no step left to do
+    assert (out / "model" / "model.safetensors").read_bytes() == weights and len(metrics(out)) == 6
     (out / "mine.txt").write_text("mine")
     run(folder, rows, "--out", out, "--overwrite", "--lr", 0.02)
     assert (out / "model" / "model.safetensors").read_bytes() != weights and (out / "mine.txt").read_text() == "mine"
@@ -578,9 +580,15 @@ def test_of_two_runs_that_start_on_one_folder_the_second_is_refused(folder, rows
     cfg = config(folder, rows, "--out", tmp_path / "out")
     out = checkpoint.claim(cfg)
     (out / "metrics.jsonl").write_text("the first one's")
-    with pytest.raises(ValueError, match="another run took it in the meantime"):
+    with pytest.raises(ValueError, match="another run is at work in it"):
         checkpoint.claim(cfg)
     assert (out / "metrics.jsonl").read_text() == "the first one's"
+    checkpoint.HELD.clear()  # the first one ends
+    with pytest.raises(ValueError, match=r"another run took it in the meantime \(lr differs\)"):
+        checkpoint.claim(config(folder, rows, "--out", tmp_path / "out", "--lr", 0.5))
+    checkpoint.HELD.clear()
+    assert checkpoint.claim(cfg) == out
+    checkpoint.HELD.clear()
 
 
 def test_a_run_needs_no_git_and_no_matplotlib(folder, rows, tmp_path, monkeypatch, capsys):
@@ -691,7 +699,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(folder, rows, tmp_pat
 def test_a_full_disk_while_saving_is_one_line_and_leaves_no_model(folder, rows, tmp_path):
     out = tmp_path / "out"
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); import train; train.main()"  # weights need 140 kB
-    flags = f"--model {folder} --data {rows} --context 128 --micro-batch-tokens 512 --max-steps 1 --out {out} --cache {tmp_path / 'cache'} --save-dtype float32"
+    flags = f"--model {folder} --data {rows} --context 128 --micro-batch-tokens 512 --max-steps 1 --out {out} --cache {tmp_path / 'cache'} --save-dtype float32 --checkpoint-every 0"
     done = subprocess.run(
         [sys.executable, "-c", limit, *flags.split()], cwd=Path(train.__file__).parent, capture_output=True, text=True, check=False
     )
@@ -742,8 +750,10 @@ def test_rho1_trains_against_a_reference_that_is_gone_by_then(folder, rows, tmp_
     again = metrics(run(folder, rows, *flags, "--worst", "important", "--lam-max", 1, "--out", tmp_path / "b"))
     assert len(alive) == 3, "the reference's losses were kept"
     assert [row["loss"] for row in again] == [row["loss"] for row in first]
-    (kept,) = (tmp_path / "cache").glob("reference-*")
-    kept.unlink()
+    kept = list((tmp_path / "cache").glob("reference-*"))
+    assert len(kept) == train.PARTS
+    for path in kept:
+        path.unlink()
     on_the_fly = metrics(run(folder, rows, *flags, "--worst", "important", "--lam-max", 1, "--out", tmp_path / "c"))
     assert [row["loss"] for row in on_the_fly] == [row["loss"] for row in first]
 
