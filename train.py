@@ -336,7 +336,8 @@ class World:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            self.store = next(dist.rendezvous("env://"))[0]
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # what an attempt before this one left word of is no longer so
+            self.store = dist.PrefixStore(f"attempt-{attempt}", next(dist.rendezvous("env://"))[0])
             if self.rank:
                 sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
 

@@ -15,17 +15,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stories260k import SHARED
 from tiny import tiny_folder
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import checkpoint
 import data
 import train
 from model import Llama, LlamaConfig
 
-WORDS = ("water", "a long river", "the sun", "bread", "time", "a king", "glass", "the sea", "salt", "an owl", "iron", "rain", "an old shore")
+WORDS = (
+    "water",
+    "a long river",
+    "the sun",
+    "bread",
+    "time",
+    "a king",
+    "glass",
+    "the sea",
+    "salt",
+    "an owl",
+    "iron",
+    "rain",
+    "an old shore",
+)
 ROWS = [{"prompt": f"What is {w}?", "completion": f"It is {w * (1 + n % 5)}, or so they say, {w} and {n}."} for n, w in enumerate(WORDS)]
 STEPS = 20
 BASE = "--context 128 --micro-batch-tokens 512 --batch-size 4 --epochs 9 --lr 3e-3 --dtype float32 --eta 0.7 --seed 3 --eps 1e-5"
@@ -38,7 +50,7 @@ CASES = {  # flags of each; the same cases on every number of ranks
     "recomputed": "--grouper tfidf --checkpoint-activations full",
     "one sample a step": "--grouper tfidf --batch-size 1",  # every other rank has only a blank row
 }
-CUT = {"scope": "--grouper tfidf --scope micro_batch --batch-size 4 --micro-batch-tokens 127 --context 127"}
+CUT = "--grouper loss --lam-max 0.9 --scope micro_batch --micro-batch-tokens 63 --context 64"  # every sample fills a row: one cut for all
 
 
 def arguments(folder: Path, rows: Path, flags: str) -> list[str]:
@@ -76,7 +88,9 @@ def prepared(cfg, tokenizer):
 
 
 def torchrun(ranks: int, *command, **how) -> subprocess.CompletedProcess:
-    return subprocess.run([*torchrun_command(ranks), *map(str, command)], cwd=ROOT, env=environment(), capture_output=True, text=True, **how)
+    return subprocess.run(
+        [*torchrun_command(ranks), *map(str, command)], cwd=ROOT, env=environment(), capture_output=True, text=True, **how
+    )
 
 
 def torchrun_command(ranks: int, *flags) -> list[str]:
@@ -97,7 +111,9 @@ def place(tmp_path_factory):
     here = tmp_path_factory.mktemp("ranks")
     folder, rows = tiny_folder(here / "model"), here / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    cases = {name: arguments(folder, rows, flags) for name, flags in {**CASES, **CUT}.items()}
+    long = here / "long.jsonl"
+    long.write_text("".join(json.dumps({**row, "completion": 9 * row["completion"]}) + "\n" for row in ROWS))
+    cases = {name: arguments(folder, rows, flags) for name, flags in CASES.items()} | {"scope": arguments(folder, long, CUT)}
     run_cases(cases, here / "one")
     return here, folder, rows, cases
 
@@ -115,11 +131,156 @@ def assert_same(one: Path, many: Path, cases, tolerance=1e-5):
 @pytest.mark.parametrize("ranks, shard", [(2, "fsdp"), (2, "ddp"), (4, "fsdp")])
 def test_any_number_of_ranks_gives_the_single_process_run(place, tmp_path, ranks, shard):
     here, folder, rows, cases = place
-    cases = {name: [*flags, "--shard", shard] for name, flags in cases.items() if name != "scope"}
+    cases = {name: [*flags, "--shard", shard] for name, flags in cases.items()}
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     done = torchrun(ranks, "tests/test_ranks.py", tmp_path / "cases.json", tmp_path / "many", timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same(here / "one", tmp_path / "many", cases)
+
+
+# Whole runs.
+
+
+def train_command(folder, rows, out, *flags) -> list[str]:
+    return ["train.py", *arguments(folder, rows, "--grouper tfidf --lam-max 0.9"), "--out", out, "--checkpoint-every", 3, *flags]
+
+
+def last_weights(out: Path) -> dict:
+    return dict(Llama.from_pretrained(out / "model").named_parameters())
+
+
+def assert_same_run(a: Path, b: Path, tolerance: float) -> None:
+    """The same log, without a step missing or doubled, and the same model."""
+    logs = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (a, b)]
+    assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]] == [*range(1, STEPS + 1)]
+    for one, other in zip(*logs):
+        for name in ("loss", "ce", "important", "unimportant", "grad_norm", "lr", "lam", "tokens", "epoch"):
+            assert one[name] == other[name] if tolerance == 0 else one[name] == pytest.approx(other[name], abs=tolerance), (
+                one["step"],
+                name,
+            )
+    ours, theirs = last_weights(a), last_weights(b)
+    for name, p in ours.items():
+        assert torch.equal(p, theirs[name]) if tolerance == 0 else (p - theirs[name]).abs().max() <= tolerance, name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place):
+    """One process from the first step to the last, over three epochs."""
+    here, folder, rows, _ = place
+    out = here / "uninterrupted"
+    done = subprocess.run(
+        [sys.executable, *map(str, train_command(folder, rows, out))], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_a_run_killed_anywhere_goes_on_as_if_nothing_had_been(place, uninterrupted, tmp_path):
+    _, folder, rows, _ = place
+    out, kills, rng = tmp_path / "out", 0, np.random.default_rng(0)
+    command = [sys.executable, *map(str, train_command(folder, rows, out))]
+    while True:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        lines = 0
+        while process.poll() is None and kills < 4:
+            log = out / "metrics.jsonl"
+            lines = len(log.read_bytes().splitlines()) if log.is_file() else 0
+            if lines >= 4 * kills + 2 and lines < STEPS:  # somewhere in the next steps, perhaps in a save
+                time.sleep(rng.uniform(0, 0.15))
+                process.kill()
+                kills += 1
+                break
+            time.sleep(0.002)
+        said, errors = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), errors
+        if process.returncode == 0:
+            break
+    assert kills >= 3
+    assert_same_run(out, uninterrupted, 0)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-000018", "step-000020"]
+
+
+def test_torchrun_brings_a_killed_worker_back_and_sigterm_saves_and_other_ranks_go_on(place, uninterrupted, tmp_path):
+    """Two ranks, one of them killed and restarted by torchrun; ended by SIGTERM; continued by four, by one, by two."""
+    _, folder, rows, _ = place
+    out = tmp_path / "out"
+    command = [*torchrun_command(2, "--max-restarts", "1"), *map(str, train_command(folder, rows, out))]
+
+    def begin(command):
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return process
+
+    def steps() -> int:
+        return len((out / "metrics.jsonl").read_bytes().splitlines()) if (out / "metrics.jsonl").is_file() else 0
+
+    def wait_for(n, process):
+        limit = time.monotonic() + 120
+        while steps() < n:
+            assert process.poll() is None and time.monotonic() < limit, process.communicate()[1][-3000:]
+            time.sleep(0.005)
+
+    process = begin(command)
+    wait_for(4, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    first = steps()
+    while process.poll() is None and steps() >= first:  # until the restart has cut the log to its checkpoint
+        time.sleep(0.005)
+    wait_for(7, process)
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "after step 3" in said, errors[-3000:]
+    assert "stopped by SIGTERM after step " in said and "its checkpoint is saved, start it again to go on" in said
+    reached = steps()
+    assert 7 <= reached < STEPS and (out / "checkpoints" / f"step-{reached:06d}").is_dir()
+
+    for ranks, more in ((4, 4), (1, 8)):  # each a few steps further
+        process = begin([*torchrun_command(ranks), *map(str, train_command(folder, rows, out))])
+        wait_for(min(reached + more, STEPS - 2), process)
+        process.send_signal(signal.SIGTERM)
+        said, errors = process.communicate(timeout=120)
+        assert f"after step {reached}\n" in said, said + errors[-3000:]
+        reached = steps()
+    done = torchrun(2, *train_command(folder, rows, out), timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(out, uninterrupted, 1e-5)
+    again = torchrun(2, *train_command(folder, rows, out), timeout=120)
+    assert again.returncode == 0 and "already finished; nothing to do" in again.stdout
+
+
+def test_a_fault_on_one_rank_ends_all_with_its_message(place, tmp_path):
+    _, folder, rows, _ = place
+    program = tmp_path / "faulty.py"
+    program.write_text(
+        "import train\n"
+        "update = train.update\n"
+        "def faulty(*args):\n"
+        "    if args[-1].rank == 1 and args[4] == 2:\n"
+        "        raise ValueError('rank 1 has a fault of its own')\n"
+        "    return update(*args)\n"
+        "train.update = faulty\n"
+        "train.main()\n"
+    )
+    began = time.monotonic()
+    done = torchrun(2, program, *train_command(folder, rows, tmp_path / "out")[1:], timeout=120)
+    assert done.returncode != 0 and "error: rank 1 has a fault of its own" in done.stderr
+    assert time.monotonic() - began < 60 and not (tmp_path / "out" / "model").exists()
+
+
+def test_a_stuck_rank_is_named_when_the_time_limit_ends_the_wait(place, tmp_path):
+    _, folder, rows, _ = place
+    program = tmp_path / "stuck.py"
+    program.write_text(
+        "import time, datetime, train\n"
+        "train.TIMEOUT = datetime.timedelta(seconds=5)\n"
+        "arrived = train.World.arrived\n"
+        "train.World.arrived = lambda self, step: time.sleep(600) if self.rank == 1 and step == 3 else arrived(self, step)\n"
+        "train.main()\n"
+    )
+    done = torchrun(2, program, *train_command(folder, rows, tmp_path / "out")[1:], timeout=120)
+    assert done.returncode != 0
+    assert "error: rank 0: a collective failed; behind the others: rank 1 (at step 2)" in done.stderr, done.stderr[-3000:]
 
 
 if __name__ == "__main__":
