@@ -383,6 +383,33 @@ def test_micro_batches_hold_each_sample_once_with_targets_and_labels_shifted_tog
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_the_ranks_of_a_step_share_its_samples_and_have_equally_many_rows(corpus_of, ranks):
+    rows = [{"prompt": "Why?", "completion": "word " * (1 + 7 * n % 23)} for n in range(13)]
+    corpus = corpus_of(rows)
+    known = np.arange(len(corpus.ids))
+    for samples in (np.arange(13), np.array([3, 5, 8]), np.array([4])):
+        parts = [micro_batches(corpus, known, samples, 120, rank, ranks) for rank in range(ranks)]
+        assert len({len(part) for part in parts}) == 1
+        everything = [batch for part in parts for batch in part]
+        trained = np.sort(np.concatenate([batch.known[batch.loss_mask].numpy() for batch in everything]))
+        expected = [i for s in samples for i in range(corpus.starts[s], corpus.starts[s + 1]) if corpus.loss_mask[i]]
+        assert trained.tolist() == sorted(expected), "each supervised token on one rank, once"
+        for batch in everything:
+            assert batch.tokens.numel() <= 120 and (batch.loss_mask.any() or batch.tokens.numel() == 1)
+
+
+@pytest.mark.parametrize("path, batch, most", [("lima/train.jsonl.gz", 64, 1.02), ("alpaca/alpaca_data.json.gz", 32, 1.08)])
+def test_eight_ranks_get_nearly_the_same_number_of_tokens(neox, path, batch, most):
+    rows = [row for _, row in read_rows(shared(f"data/{path}"))]
+    texts = ["".join(map(str, row.values())) if "instruction" in row else "".join(row["conversations"]) for row in rows]
+    need = np.array([len(text) for text in texts]) // 4 + 40  # about so many tokens, without the wait for all of them
+    steps = epoch_order(len(need), batch, 0, 0, drop_last=True)
+    loads = [[need[step][hand].sum() for hand in data.deal(need[step], 8)] for step in steps]
+    assert np.mean([max(load) / np.mean(load) for load in loads]) <= most
+
+
+@pytest.mark.fast
 def test_a_second_load_reads_the_cache_and_any_change_misses_it(tmp_path, corpus_of, monkeypatch):
     rows, cache = [{"conversations": ["Hi", "Yes.", "Why?"]}], tmp_path / "cache" / "deep"
     first = corpus_of(rows, cache=cache)

@@ -1,6 +1,8 @@
 """train.py: an exact step however it is cut, a run folder that adds up, and one clear line for every mistake."""
 
 import ast
+import dataclasses
+import gc
 import json
 import math
 import random
@@ -891,6 +893,50 @@ def test_the_memory_estimate_is_near_what_backward_keeps(D, F, heads):
     held, parameters = sum(s.nbytes for s in states), sum(p.numel() for p in model.parameters())
     head = model.lm_head.weight.numel()  # it has no gradient here, because no loss was taken
     assert train.memory_needed(cfg, parameters, T, 2)["weights, gradients, AdamW"] == held + 12 * head
+
+
+def test_the_memory_estimate_with_recomputed_activations_is_near_what_a_forward_leaves():
+    sizes = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    cfg = LlamaConfig(vocab_size=64, num_hidden_layers=6, **sizes)
+    model = Llama(cfg, compute_dtype=torch.bfloat16)
+    model.recompute = True
+    T, kept = 900, {}
+    layout, parameters = Layout.packed([300] * 3), {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(t):
+        if t.is_floating_point() and t.untyped_storage().data_ptr() not in parameters:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    gc.collect()
+    before = {id(o) for o in gc.get_objects() if isinstance(o, torch.Tensor)}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        hidden = model(torch.zeros(1, T, dtype=torch.int64), layout)
+    for o in gc.get_objects():  # the blocks' inputs are held by closures, where no hook sees them
+        if isinstance(o, torch.Tensor) and id(o) not in before and o.untyped_storage().data_ptr():
+            keep(o)
+    assert hidden.requires_grad
+    one_layer = [train.memory_needed(dataclasses.replace(cfg, num_hidden_layers=n), 1, T, 2)["activations"] for n in (1, 2)]
+    estimate = train.memory_needed(cfg, 1, T, 2, recompute=True)["activations"] - (
+        one_layer[1] - one_layer[0]
+    )  # which backward makes again
+    assert 0.9 < estimate / sum(kept.values()) < 1.1
+
+
+@pytest.mark.fast
+def test_over_ranks_the_plan_splits_what_fsdp_splits():
+    cfg = LlamaConfig(
+        vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
+        head_dim=128, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Llama(cfg).parameters())
+    assert parameters == 3_212_749_824  # Llama-3.2-3B
+    one, eight = train.memory_needed(cfg, parameters, 4096, 2), train.memory_needed(cfg, parameters, 4096, 2, ranks=8)
+    assert eight["weights, gradients, AdamW"] == one["weights, gradients, AdamW"] // 8 == 2 * parameters
+    assert eight["activations"] == one["activations"] and "gathered" not in one
+    embedding, block = 128256 * 3072, 3072 * (2 * 3072 + 2 * 1024 + 3 * 8192)
+    assert eight["gathered"] == pytest.approx(2 * 2 * (embedding + 2 * block) + 4 * embedding, rel=1e-3)
 
 
 # Real data.
