@@ -101,6 +101,17 @@ def test_every_file_and_flag_the_readme_names_exists():
 
     flags = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(train.Config)}
     flags |= {"--html", "--row", "--stats"}  # of groupers.py
+    flags |= {
+        "--standalone",
+        "--nproc-per-node",
+        "--nnodes",
+        "--rdzv-backend",
+        "--rdzv-id",
+        "--rdzv-endpoint",
+        "--max-restarts",
+    }  # torchrun's
+    flags |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--requeue", "--signal"}  # Slurm's
+    flags |= {"--exclude", "--repo-type"}  # of hf download
     ours = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README)) - {"--help"}
     assert ours <= flags, ours - flags
     for name in re.findall(r"`((?:[a-z0-9_]+/)*[a-z0-9_]+\.(?:py|md|jsonl|toml))`", README):
