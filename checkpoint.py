@@ -138,13 +138,18 @@ def disk_free(cfg) -> int:
 
 
 def state(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Everything that the next step depends on, by name: weights, AdamW's moments. (The order of data and the schedules follow from
-    the number of the step; no random state is drawn from.)"""
+    """Weights and AdamW's moments, by name. (Schedules and the order of data follow from the number of the step.)"""
     out = {}
     for name, p in model.named_parameters():
         moments = optimizer.state[p] or {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         out |= {name: p.detach(), f"exp_avg.{name}": moments["exp_avg"], f"exp_avg_sq.{name}": moments["exp_avg_sq"]}
     return out
+
+
+def random_states(rank: int) -> dict[str, torch.Tensor]:
+    """A rank's own; nothing here draws from them, but what somebody adds may."""
+    states = {f"random.{rank}": torch.get_rng_state()}
+    return states | ({f"random_cuda.{rank}": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def save(out: Path, step: int, model: Llama, optimizer: torch.optim.Optimizer, keep: int, world) -> None:
@@ -162,7 +167,7 @@ def save(out: Path, step: int, model: Llama, optimizer: torch.optim.Optimizer, k
     if world.size > 1:
         dist.barrier()
     try:
-        dcp.save(state(model, optimizer), checkpoint_id=part, no_dist=world.size == 1)
+        dcp.save(state(model, optimizer) | random_states(world.rank), checkpoint_id=part, no_dist=world.size == 1)
     except (dcp.CheckpointException, OSError, RuntimeError) as e:
         reason = next((str(f) for f in getattr(e, "failures", {}).values()), str(e)).strip().splitlines()
         kept = max((str(path) for path in folder.glob("step-??????")), default="none")
@@ -209,15 +214,21 @@ def resume(out: Path, model: Llama, optimizer: torch.optim.Optimizer, world) -> 
     The ranks may be more or fewer than those that saved it. The log is cut to those steps, so that none is there twice.
     """
     path = world.first("checkpoint", lambda: str(newest(out) or ""))
-    step = read_json(Path(path) / "about.json")["step"] if path else 0
+    about = read_json(Path(path) / "about.json") if path else {"step": 0}
+    step = about["step"]
     if path:
-        loaded = state(model, optimizer)
+        mine = random_states(world.rank) if about["ranks"] == world.size else {}
+        loaded = state(model, optimizer) | mine
         try:
             dcp.load(loaded, checkpoint_id=path, no_dist=world.size == 1)
         except (dcp.CheckpointException, OSError, RuntimeError, KeyError) as e:
             raise ValueError(
                 f"{path}: cannot be read ({(str(e).strip() or repr(e)).splitlines()[0][:200]}); remove it to go on from the one before it"
             ) from e
+        if mine:
+            torch.set_rng_state(loaded[f"random.{world.rank}"])
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state(loaded[f"random_cuda.{world.rank}"])
         for name, p in model.named_parameters():
             moments = {"exp_avg": loaded[f"exp_avg.{name}"], "exp_avg_sq": loaded[f"exp_avg_sq.{name}"]}
             optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}

@@ -153,7 +153,7 @@ class _TokenNLL(torch.autograd.Function):
         hidden, weight, targets, lse = ctx.saved_tensors
         head = weight.to(hidden.dtype)  # (V, D)
         grad_hidden = torch.empty_like(hidden)  # (N, D)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # (V, D), summed in the weight's own dtype
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None  # (V, D), over all chunks
         for start in range(0, len(hidden), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             logits = (hidden[rows] @ head.T).float()  # (chunk, V)
@@ -163,4 +163,4 @@ class _TokenNLL(torch.autograd.Function):
             grad_hidden[rows] = grad @ head
             if grad_weight is not None:
                 grad_weight += grad.T @ hidden[rows]
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None

@@ -77,6 +77,23 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder, rows, tmp_path, monkeypatch, 
     assert saved(out) == ["step-000004", "step-000006"], "the newest two"
 
 
+def test_what_somebody_adds_may_draw_random_numbers(folder, rows, tmp_path, monkeypatch):
+    update = train.update
+
+    def noisy(model, *args):
+        with torch.no_grad():
+            model.lm_head.weight += 1e-3 * torch.randn(1)
+        return update(model, *args)
+
+    torch.manual_seed(5)
+    monkeypatch.setattr(train, "update", noisy)
+    whole = run(folder, rows, "--out", tmp_path / "whole", *EVERY)
+    torch.manual_seed(5)
+    stopped_after(4, folder, rows, tmp_path / "out", monkeypatch)
+    torch.manual_seed(6)
+    assert same_run(run(folder, rows, "--out", tmp_path / "out", *EVERY), whole)
+
+
 def test_what_does_not_change_the_result_may_differ_on_resume_and_nothing_else(folder, rows, tmp_path, monkeypatch):
     stopped_after(3, folder, rows, tmp_path / "out", monkeypatch)
     for flag, name in ((("--lr", 0.5), "lr"), (("--eta", 0.3), "eta"), (("--batch-size", 5), "batch_size"), (("--seed", 1), "seed")):

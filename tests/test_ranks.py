@@ -6,6 +6,7 @@ As a program (`torchrun tests/test_ranks.py CASES.json OUT`) it trains each case
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_folder
+from classifiers import MBERT, classifier_folder
+from tiny import TEXTS, tiny_folder
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -114,6 +116,8 @@ def place(tmp_path_factory):
     long = here / "long.jsonl"
     long.write_text("".join(json.dumps({**row, "completion": 9 * row["completion"]}) + "\n" for row in ROWS))
     cases = {name: arguments(folder, rows, flags) for name, flags in CASES.items()} | {"scope": arguments(folder, long, CUT)}
+    untied = tiny_folder(here / "untied", tie_word_embeddings=not LlamaConfig.from_folder(folder).tie_word_embeddings)
+    cases["the head tied, or not, as it is not above"] = arguments(untied, rows, "--grouper loss --lam-max 0.9")
     run_cases(cases, here / "one")
     return here, folder, rows, cases
 
@@ -247,6 +251,47 @@ def test_torchrun_brings_a_killed_worker_back_and_sigterm_saves_and_other_ranks_
     assert_same_run(out, uninterrupted, 1e-5)
     again = torchrun(2, *train_command(folder, rows, out), timeout=120)
     assert again.returncode == 0 and "already finished; nothing to do" in again.stdout
+
+
+@pytest.mark.parametrize("grouper", ["rho1", "llmlingua2"])
+def test_what_the_ranks_prepare_together_is_what_one_prepares(place, tmp_path, grouper):
+    here, folder, rows, _ = place
+    Llama(LlamaConfig.from_folder(folder)).init_weights(9).save_pretrained(tmp_path / "phi")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, tmp_path / "phi" / name)
+    flags = ["--grouper", grouper, "--eta", 0.5]
+    if grouper == "rho1":
+        flags += ["--reference", tmp_path / "phi"]
+    else:
+        pytest.importorskip("transformers")
+        flags += ["--llmlingua-model", classifier_folder(tmp_path, MBERT, TEXTS * 4)]
+    one, two = (train_command(folder, rows, tmp_path / name, *flags) for name in ("one", "two"))
+    alone = subprocess.run([sys.executable, *map(str, one)], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr
+    done = torchrun(2, *two, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(tmp_path / "one", tmp_path / "two", 1e-5)
+    kind = "reference" if grouper == "rho1" else "llmlingua2"
+    for out in ("one", "two"):
+        assert len(list((tmp_path / out / "cache").glob(f"{kind}-*.safetensors"))) == train.PARTS
+
+
+def test_ctrl_c_ends_quickly_and_leaves_nothing_half_written(place, tmp_path):
+    _, folder, rows, _ = place
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [*torchrun_command(2), *map(str, train_command(folder, rows, out))], cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while not (out / "checkpoints" / "step-000003").is_dir():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.005)
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - began < 45 and not (out / "model").exists()
+    assert torchrun(2, *train_command(folder, rows, out), timeout=120).returncode == 0
+    assert not list((out / "checkpoints").glob("*.part"))
 
 
 def test_a_fault_on_one_rank_ends_all_with_its_message(place, tmp_path):
