@@ -46,8 +46,9 @@ BASE = "--context 128 --micro-batch-tokens 512 --batch-size 4 --epochs 9 --lr 3e
 # eps: a gradient that is zero but for rounding is not to be blown up to a step of Adam's full size
 CASES = {  # flags of each; the same cases on every number of ranks
     **{f"{grouper} {lam}": f"--grouper {grouper} --lam-max {lam}" for grouper in ("tfidf", "loss", "rho1") for lam in (0, 0.9, 1)},
-    "small micro-batches": "--grouper loss --lam-max 0.9 --micro-batch-tokens 127",
-    "rho1's own row": "--grouper rho1 --worst important --lam-max 1 --micro-batch-tokens 127",
+    "many micro-batches": "--grouper loss --lam-max 0.9 --batch-size 12 --context 90 --micro-batch-tokens 89",
+    "many, and no probe": "--grouper tfidf --lam-max 0 --batch-size 12 --context 90 --micro-batch-tokens 89",
+    "rho1's own row": "--grouper rho1 --worst important --lam-max 1 --batch-size 12 --context 90 --micro-batch-tokens 89",
     "none, decaying, clipped": "--grouper none --clip 0.5 --lam-min 0.1",
     "recomputed": "--grouper tfidf --checkpoint-activations full",
     "one sample a step": "--grouper tfidf --batch-size 1",  # every other rank has only a blank row
@@ -74,6 +75,7 @@ def run_cases(cases: dict[str, list[str]], out: Path) -> None:
         if cfg.grouper == "rho1":
             known = train.corpus_nll(Llama.from_pretrained(folder, seed=9), corpus, 512)
         model = train.build(cfg, folder, world)
+        assert all(type(p) is torch.nn.Parameter for p in model.parameters() if p.ndim == 1), "norms stay whole, and float32 in use"
         optimizer = train.adamw(model, cfg)
         per_epoch = math.ceil(len(corpus) / cfg.batch_size)
         assert train.loop(cfg, model, optimizer, corpus, known, here, 0, STEPS, per_epoch, world, [])
