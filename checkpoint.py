@@ -50,13 +50,13 @@ def finished(cfg) -> bool:
         return False
     about = read_json(out / "config.json") if (out / "config.json").is_file() else {}
     before = about.get("config")
-    if about.keys() != {"config", "versions", "git_commit"} or not isinstance(before, dict) or "lam_max" not in before:
+    if not about.keys() >= {"config", "versions", "git_commit"} or not isinstance(before, dict) or "lam_max" not in before:
         raise ValueError(f"{out}: not empty, and not a run of this program; choose another --out")
     for name in ("model", "data", "reference", "llmlingua_model"):
         path = getattr(cfg, name)
         if path and Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
             raise ValueError(f"{out}: --{name.replace('_', '-')} {path} lies in it; choose another --out")
-    if cfg.overwrite and not restarted():
+    if cfg.overwrite and not restarted(out):
         return False
     elsewhere = "choose another --out, or --overwrite"
     if changed := differing(cfg, before):
@@ -74,9 +74,15 @@ def differing(cfg, before: dict) -> list[str]:
     return [name for name in now if name not in same and before.get(name) != now[name]]
 
 
-def restarted() -> bool:
-    """Whether torchrun or Slurm started this very command before: then --overwrite has done its work."""
-    return any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+def job() -> str | None:
+    """What Slurm or torchrun call this job, the same when they start it again."""
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def restarted(out: Path) -> bool:
+    """Whether this very job made the folder, before it was started again: then --overwrite has done its work."""
+    about = read_json(out / "config.json") if (out / "config.json").is_file() else {}
+    return job() is not None and about.get("job") == job()
 
 
 def claim(cfg) -> Path:
@@ -88,8 +94,8 @@ def claim(cfg) -> Path:
     if cfg.out:
         out = Path(cfg.out)
         out.mkdir(parents=True, exist_ok=True)
-    elif restarted() and (earlier := sorted(Path("runs").glob(f"{name}-*"), key=lambda path: path.stat().st_mtime)):
-        out = earlier[-1]
+    elif earlier := [path for path in Path("runs").glob(f"{name}-*") if restarted(path)]:
+        out = earlier[0]
     else:
         Path("runs").mkdir(exist_ok=True)
         for n in count(1):
@@ -105,7 +111,7 @@ def claim(cfg) -> Path:
     except BlockingIOError:
         raise ValueError(f"{out}: another run is at work in it; choose another --out") from None
     HELD.append(lock)
-    if cfg.overwrite and not restarted():
+    if cfg.overwrite and not restarted(out):
         for path in (out / name for name in OURS):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     if (out / "config.json").is_file():
@@ -113,7 +119,7 @@ def claim(cfg) -> Path:
             raise ValueError(f"{out}: another run took it in the meantime ({changed[0]} differs); choose another --out")
         return out
     about = {"python": sys.version.split()[0], **{name: version(name) for name in ("torch", "safetensors", "tokenizers", "numpy")}}
-    write_json(out / "config.json", {"config": asdict(cfg), "versions": about, "git_commit": git_commit()})
+    write_json(out / "config.json", {"config": asdict(cfg), "versions": about, "git_commit": git_commit(), "job": job()})
     return out
 
 
@@ -127,11 +133,12 @@ def git_commit() -> str | None:
 
 
 def disk_free(cfg) -> int:
-    """Bytes free where the run folder is, or will be."""
+    """Bytes free for checkpoints where the run folder is, or will be; those that it holds will make room for newer ones."""
     place = Path(cfg.out or "runs").absolute()
+    held = sum(path.stat().st_size for path in place.glob("checkpoints/*/*")) if cfg.out else 0
     while not place.exists():
         place = place.parent
-    return shutil.disk_usage(place).free
+    return shutil.disk_usage(place).free + held
 
 
 # Checkpoints.
@@ -160,30 +167,30 @@ def save(out: Path, step: int, model: Llama, optimizer: torch.optim.Optimizer, k
     """
     folder = out / "checkpoints"
     part, whole = folder / f"step-{step:06d}.part", folder / f"step-{step:06d}"
-    if world.rank == 0:
-        folder.mkdir(exist_ok=True)
-        for old in folder.glob("*.part"):
-            shutil.rmtree(old)
-    if world.size > 1:
-        dist.barrier()
+    world.mark()
     try:
+        if world.rank == 0:
+            folder.mkdir(exist_ok=True)
+            for old in (*folder.glob("*.part"), *(path for path in folder.glob("step-??????") if path.name >= whole.name)):
+                shutil.rmtree(old)  # what a kill left, and what was passed over as damaged
+        if world.size > 1:
+            dist.barrier()
         dcp.save(state(model, optimizer) | random_states(world.rank), checkpoint_id=part, no_dist=world.size == 1)
+        if world.rank == 0:
+            about = {"step": step, "ranks": world.size, "files": {path.name: path.stat().st_size for path in part.iterdir()}}
+            write_json(part / "about.json", about)
+            sync(part / "about.json", part)
+            part.rename(whole)
+            sync(folder)
+            for old in sorted(folder.glob("step-??????"))[:-keep]:
+                shutil.rmtree(old)
     except (dcp.CheckpointException, OSError, RuntimeError) as e:
-        reason = next((str(f) for f in getattr(e, "failures", {}).values()), str(e)).strip().splitlines()
+        reason = (next((str(f) for f in getattr(e, "failures", {}).values()), str(e)).strip() or repr(e)).splitlines()
         kept = max((str(path) for path in folder.glob("step-??????")), default="none")
         raise OSError(f"{part}: cannot be written ({reason[0][:200]}); is the disk full? The last checkpoint: {kept}") from e
-    if world.rank == 0:
-        about = {"step": step, "ranks": world.size, "files": {path.name: path.stat().st_size for path in part.iterdir()}}
-        write_json(part / "about.json", about)
-        sync(part / "about.json", part)
-        if whole.exists():  # of an earlier try
-            shutil.rmtree(whole)
-        part.rename(whole)
-        sync(folder)
-        for old in sorted(folder.glob("step-??????"))[:-keep]:
-            shutil.rmtree(old)
     if world.size > 1:
         dist.barrier()
+    world.mark()
 
 
 def sync(*paths: Path) -> None:
@@ -197,8 +204,9 @@ def newest(out: Path) -> Path | None:
     """The newest checkpoint that is whole; says which ones are not."""
     for path in sorted((out / "checkpoints").glob("step-??????"), reverse=True):
         try:
-            files = read_json(path / "about.json")["files"]
-            wrong = [name for name, size in files.items() if not (path / name).is_file() or (path / name).stat().st_size != size]
+            about = read_json(path / "about.json")
+            about["step"], about["ranks"]  # noqa: B018, read later
+            wrong = [name for name, size in about["files"].items() if not (path / name).is_file() or (path / name).stat().st_size != size]
             if not wrong:
                 return path
             reason = f"{wrong[0]} is missing or cut short"
@@ -217,18 +225,18 @@ def resume(out: Path, model: Llama, optimizer: torch.optim.Optimizer, world) -> 
     about = read_json(Path(path) / "about.json") if path else {"step": 0}
     step = about["step"]
     if path:
-        mine = random_states(world.rank) if about["ranks"] == world.size else {}
-        loaded = state(model, optimizer) | mine
+        loaded, mine = state(model, optimizer), random_states(world.rank)
         try:
+            there = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            mine = {name: value for name, value in mine.items() if name in there}  # other ranks, another device: not all are
+            loaded |= mine
             dcp.load(loaded, checkpoint_id=path, no_dist=world.size == 1)
         except (dcp.CheckpointException, OSError, RuntimeError, KeyError) as e:
             raise ValueError(
                 f"{path}: cannot be read ({(str(e).strip() or repr(e)).splitlines()[0][:200]}); remove it to go on from the one before it"
             ) from e
-        if mine:
-            torch.set_rng_state(loaded[f"random.{world.rank}"])
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state(loaded[f"random_cuda.{world.rank}"])
+        for name in mine:
+            (torch.cuda.set_rng_state if "cuda" in name else torch.set_rng_state)(loaded[name])
         for name, p in model.named_parameters():
             moments = {"exp_avg": loaded[f"exp_avg.{name}"], "exp_avg_sq": loaded[f"exp_avg_sq.{name}"]}
             optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}

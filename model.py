@@ -589,4 +589,7 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value) -> None:
-    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """An object as a JSON file, there whole or not at all."""
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)

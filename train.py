@@ -20,11 +20,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from types import UnionType
+from uuid import uuid4
 
 # On a CPU oneDNN compiles kernels for every new row length and keeps 1,024 of them, gigabytes; a quarter is no slower (LOG.md).
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
@@ -327,22 +330,47 @@ TIMEOUT = timedelta(minutes=10)  # of a collective: no step takes so long, so a 
 
 
 class World:
-    """The processes that torchrun started, this one among them; alone without it."""
+    """The processes that torchrun started, this one among them; alone without it.
+
+    They talk by the store of torchrun's agent, where a wait has no limit, until `open` starts collectives, which have one.
+    """
 
     def __init__(self):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.size, self.marks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), 0
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            local_rank = int(os.environ.get("LOCAL_RANK", 0))
+            if local_rank >= torch.cuda.device_count():
+                raise ValueError(f"--nproc-per-node asks for more processes than the {torch.cuda.device_count()} GPUs of this node")
+            self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # what an attempt before this one left word of is no longer so
-            self.store = dist.PrefixStore(f"attempt-{attempt}", next(dist.rendezvous("env://"))[0])
             if self.rank:
                 sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+            self.store = self.meet(next(dist.rendezvous("env://"))[0])
+
+    def meet(self, store: dist.Store) -> dist.Store:
+        """The store under a prefix of this start's own: the agent keeps what ranks of an earlier start, now gone, left there."""
+        me = uuid4().hex
+        if self.rank == 0:
+            here = {0}
+            while len(here) < self.size:
+                for rank in set(range(self.size)) - here:
+                    if store.check([f"hello/{rank}"]):
+                        store.set(f"welcome/{store.get(f'hello/{rank}').decode()}", me)
+                    if store.check([f"{me}/thanks/{rank}"]):
+                        here.add(rank)
+                time.sleep(0.02)
+            return dist.PrefixStore(me, store)
+        store.set(f"hello/{self.rank}", me)
+        while not store.check([f"welcome/{me}"]):
+            time.sleep(0.02)
+        prefix = store.get(f"welcome/{me}").decode()
+        store.set(f"{prefix}/thanks/{self.rank}", "")
+        return dist.PrefixStore(prefix, store)
 
     def first(self, what: str, work: Callable):
-        """What work() returns on rank 0, on every rank; the others wait on the store, as long as it takes. It must be fit for JSON."""
+        """What work() returns on rank 0, on every rank; the others wait as long as it takes. It must be fit for JSON."""
         if self.size == 1:
             return work()
         if self.rank == 0:
@@ -360,39 +388,65 @@ class World:
     def wait(self, key: str, what: str) -> None:
         began = said = time.monotonic()
         while not self.store.check([key]):
+            if self.store.check(["fault"]):
+                raise ValueError(self.store.get("fault").decode())
             time.sleep(0.05)
             if time.monotonic() > said + 60:
                 said = time.monotonic()
                 print(f"rank {self.rank}: {(said - began) / 60:.0f} min of waiting for {what}", file=sys.stderr, flush=True)
 
+    def fault(self, e: Exception) -> None:
+        """Tell the ranks that wait for this one, on whatever node, that it will not come."""
+        if self.size > 1 and hasattr(self, "store"):
+            with suppress(RuntimeError):  # the store may be gone
+                self.store.set("fault", f"rank {self.rank}: {e}")
+
     def open(self) -> None:
         """Collectives from here on."""
         if self.size > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(
-                backend, store=dist.PrefixStore("group", self.store), rank=self.rank, world_size=self.size, timeout=TIMEOUT
-            )
+            store = dist.PrefixStore("group", self.store)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
+            self.mark()
+            Thread(target=self.watch, daemon=True).start()
 
     def close(self) -> None:
         if self.size > 1:
+            self.marks = math.inf  # nothing more to watch
             dist.destroy_process_group()
 
     def sum(self, t: Tensor) -> Tensor:
         """A tensor's sum over ranks."""
         if self.size > 1:
+            self.mark()
             t = t.clone()
             dist.all_reduce(t)
         return t
 
-    def arrived(self, step: int) -> None:
-        """Leave word of the step that this rank has come to, for `late`."""
+    def mark(self) -> None:
+        """Leave word of how far this rank has come, for `late`."""
         if self.size > 1:
-            self.store.set(f"step/{self.rank}", str(step))
+            self.marks, self.marked = self.marks + 1, time.monotonic()
+            self.store.set(f"mark/{self.rank}", str(self.marks))
+
+    def watch(self) -> None:
+        """End this process, naming the ranks that are behind, before the collective it hangs in runs out of time without a word."""
+        while self.marks < math.inf:
+            time.sleep(0.2)
+            if time.monotonic() > self.marked + 0.9 * TIMEOUT.total_seconds() and self.marks < math.inf:
+                print(
+                    f"error: rank {self.rank}: nothing has moved for {0.9 * TIMEOUT}; behind the others: {self.late()}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)
 
     def late(self) -> str:
-        """Which ranks are behind, after a collective failed."""
-        steps = [int(self.store.get(f"step/{rank}")) if self.store.check([f"step/{rank}"]) else 0 for rank in range(self.size)]
-        return ", ".join(f"rank {rank} (at step {at})" for rank, at in enumerate(steps) if at == min(steps))
+        """Which ranks are behind."""
+        with suppress(RuntimeError):
+            marks = [int(self.store.get(f"mark/{rank}")) if self.store.check([f"mark/{rank}"]) else 0 for rank in range(self.size)]
+            return ", ".join(f"rank {rank}" for rank, mark in enumerate(marks) if mark == min(marks))
+        return "unknown, the store is gone"
 
 
 def build(cfg: Config, folder: Path, world: World) -> Llama:
@@ -474,7 +528,7 @@ def prepare(cfg: Config, tokenizer: Tokenizer, cache: Path | None, world: World)
             classifier = groupers.Classifier(folder, world.device)
             return lambda part: groupers.llmlingua2(part, classifier)
 
-        key = [content(folder), world.device.type, source("groupers")]
+        key = [world.first("the classifier's digest", lambda: content(folder)), world.device.type, source("groupers")]
         scores = in_parts("llmlingua2", corpus, key, load, cache, world)
         return corpus, groupers.label(scores, corpus, cfg.eta)
     static = "none" if cfg.grouper == "llmlingua2" else cfg.grouper
@@ -503,7 +557,8 @@ def reference_nll(cfg: Config, corpus: Corpus, cache: Path | None, world: World)
         model = Llama.from_pretrained(folder, dtype, dtype, world.device)
         return lambda part: corpus_nll(model, part, cfg.micro_batch_tokens)
 
-    key = [content(folder), cfg.dtype, world.device.type, source("data", "model", "sftgo", "train")]
+    digest = world.first("the reference's digest", lambda: content(folder))
+    key = [digest, cfg.dtype, world.device.type, source("data", "model", "sftgo", "train")]
     return in_parts("reference", corpus, key, score, cache, world)
 
 
@@ -651,8 +706,29 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def train(cfg: Config) -> Path | None:
-    """Run `cfg` to its end; returns the run folder (None after --dry-run)."""
+    """Run `cfg` to its end; returns the run folder (None after --dry-run).
+
+    Raises:
+        ValueError, OSError: one line about what is wrong; on other ranks too, about the one that has it.
+        SystemExit: 143, after a SIGTERM; its checkpoint is saved.
+    """
     world = World()
+    try:
+        return prepare_and_fit(cfg, world)
+    except RuntimeError as e:
+        world.fault(e)
+        if world.size > 1 and re.search("(?i)gloo|nccl|timed? ?out|connection|broken pipe", str(e)):
+            raise ValueError(f"rank {world.rank}: a collective failed; behind the others: {world.late()} ({str(e).splitlines()[0]})") from e
+        raise
+    except Exception as e:
+        world.fault(e)
+        raise
+    finally:
+        checkpoint.HELD.clear()
+
+
+def prepare_and_fit(cfg: Config, world: World) -> Path | None:
+    """Everything before the weights: what is wrong with the settings, the corpus, the groups, the plan. Then `fit`."""
     cfg = replace(cfg, shard=cfg.shard or ("fsdp" if world.size > 1 else "none"))
     if (cfg.shard == "none") != (world.size == 1):
         raise ValueError(
@@ -685,14 +761,7 @@ def train(cfg: Config) -> Path | None:
     print_plan(cfg, corpus, known, llama, not weight_files(folder), total_steps, per_epoch, world.size)
     if cfg.dry_run:
         return None
-    try:
-        return fit(cfg, folder, tokenizer, corpus, known, cache, total_steps, per_epoch, world)
-    except RuntimeError as e:
-        if world.size > 1 and re.search("(?i)timed? ?out|connection|peer|closed", str(e)):
-            raise ValueError(f"rank {world.rank}: a collective failed; behind the others: {world.late()} ({str(e).splitlines()[0]})") from e
-        raise
-    finally:
-        checkpoint.HELD.clear()
+    return fit(cfg, folder, tokenizer, corpus, known, cache, total_steps, per_epoch, world)
 
 
 def fit(
@@ -716,7 +785,8 @@ def fit(
     finally:
         signal.signal(signal.SIGTERM, previous)
     if not ended:
-        return out
+        world.close()
+        raise SystemExit(143)  # 128 + SIGTERM: not finished, for whoever starts it again
 
     broken = torch.stack([~local(p).isfinite().all() for p in model.parameters()]).sum()
     if world.sum(broken):
@@ -725,7 +795,9 @@ def fit(
     if world.rank == 0:
         checkpoint.plot_losses(out)
         print(f"wrote   {', '.join(sorted(p.name for p in out.iterdir() if p.name not in ('cache', 'lock')))} in {out}")
-    print_sample(model, tokenizer, corpus)
+        if cfg.shard != "fsdp":  # where it would take all ranks, in step, token by token
+            print_sample(model, tokenizer, corpus)
+    world.all("end")  # rank 0 may write for longer than a collective waits
     world.close()
     return out
 
@@ -745,7 +817,6 @@ def loop(
             if at == 0 or order is None:
                 order = data.epoch_order(len(corpus), cfg.batch_size, cfg.seed, epoch, cfg.drop_last)
             began = time.perf_counter()
-            world.arrived(done + 1)
             batches = data.micro_batches(corpus, known, order[at], cfg.micro_batch_tokens, world.rank, world.size)
             batches = [batch.to(world.device) for batch in batches]
             row = {"step": done + 1, "epoch": epoch, **update(model, optimizer, batches, cfg, done, total_steps, world)}
@@ -851,10 +922,11 @@ def print_sample(model: Llama, tokenizer: Tokenizer, corpus: Corpus) -> None:
 
 def main() -> None:
     try:
-        out = train(parse_args())
-        if out and not (out / "model").is_dir():
-            sys.exit(143)  # 128 + SIGTERM: not finished, for whoever starts it again
+        train(parse_args())
     except (ValueError, OSError) as e:
+        if dist.is_initialized():  # no orderly end: it would wait for ranks that are gone
+            print(f"error: {e}", file=sys.stderr, flush=True)
+            os._exit(1)
         sys.exit(f"error: {e}")
     except RuntimeError as e:
         if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):

@@ -44,6 +44,16 @@ def steps_logged(out: Path) -> int:
     return log.read_bytes().count(b"\n") if log.is_file() else 0
 
 
+def parts(out: Path) -> set:
+    """Unfinished checkpoints, each with when it was begun."""
+    return {(path.name, path.stat().st_ctime_ns) for path in out.glob("checkpoints/*.part")}
+
+
+def ranks_of(pid: int) -> list[int]:
+    """The processes that torchrun started; they are in sessions of their own."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="kill_resume.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="how often (default: 20)")
@@ -60,7 +70,7 @@ def main() -> None:
         kills, in_saves, starts = 0, 0, 0
         while True:
             starts += 1
-            began_at = steps_logged(out)
+            began_at, left = steps_logged(out), parts(out)
             process = subprocess.Popen(command(out, args.ranks, args.steps), start_new_session=True, **quiet)
             if kills < args.kills:
                 more = rng.uniform(
@@ -70,9 +80,10 @@ def main() -> None:
                     time.sleep(0.001)
                 time.sleep(rng.uniform(0, 2 * seconds / args.steps))  # anywhere in a step or a save
                 if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    kills += 1
-                    in_saves += any((out / "checkpoints").glob("*.part")) if (out / "checkpoints").is_dir() else 0
+                    saving = parts(out) - left
+                    for pid in [*ranks_of(process.pid), process.pid]:
+                        os.kill(pid, signal.SIGKILL)
+                    kills, in_saves = kills + 1, in_saves + bool(saving)
                     print(f"kill {kills} after {steps_logged(out)} steps", flush=True)
             process.wait()
             if process.returncode == 0:
@@ -83,7 +94,9 @@ def main() -> None:
         same = one == other and all(weights[name].equal(weights_other[name]) for name in weights)
         print(f"{kills} kills, {in_saves} of them inside a save, {starts} starts: {'identical' if same else 'DIFFERENT'}")
         print(f"steps in the log: {[row['step'] for row in other] == [*range(1, args.steps + 1)] and 'each once'}")
-        sys.exit(not same)
+        if kills < args.kills:
+            print(f"only {kills} of {args.kills} kills happened before the end")
+        sys.exit(not same or kills < args.kills)
 
 
 if __name__ == "__main__":

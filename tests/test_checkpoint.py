@@ -47,7 +47,7 @@ def stopped_after(steps, folder, rows, out, monkeypatch, *flags):
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(train, "update", crashing)
-        run(folder, rows, "--out", out, *EVERY, *flags)
+        run(folder, rows, *(["--out", out] if out else []), *EVERY, *flags)
 
 
 def weights(out):
@@ -120,7 +120,7 @@ DAMAGE = {
     "a shard missing": (lambda path: next(path.glob("*.distcp")).unlink(), r"__0_0\.distcp is missing or cut short"),
     "metadata missing": (lambda path: (path / ".metadata").unlink(), r"\.metadata is missing"),
     "about.json missing": (lambda path: (path / "about.json").unlink(), r"not readable as JSON"),
-    "about.json empty": (lambda path: (path / "about.json").write_text("{}"), "'files'"),
+    "about.json empty": (lambda path: (path / "about.json").write_text("{}"), "'step'"),
 }
 
 
@@ -203,28 +203,38 @@ def test_a_plan_that_the_disk_cannot_hold_is_refused(folder, rows, tmp_path, mon
             run(folder, rows, "--dry-run", "--out", tmp_path / "out" / "deep")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=0))
     run(folder, rows, "--dry-run", "--checkpoint-every", 0)
+    held = tmp_path / "held" / "checkpoints" / "step-000002" / "__0_0.distcp"
+    held.parent.mkdir(parents=True)
+    held.write_bytes(bytes(needed))  # which newer ones will replace
+    (tmp_path / "held" / "config.json").write_text("{}")
+    assert checkpoint.disk_free(config(folder, rows, "--out", tmp_path / "held")) == needed
 
 
-@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"])
 def test_a_restart_overwrites_nothing_and_finds_its_folder_again(folder, rows, tmp_path, monkeypatch, capsys, variable):
     monkeypatch.chdir(tmp_path)
-    for flags in (["--out", "out", "--overwrite"], []):
-        update = train.update
-
-        def crashing(*args, update=update):
-            if args[4] == 3:
-                raise KeyboardInterrupt
-            return update(*args)
-
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(train, "update", crashing)
-            run(folder, rows, *flags, *EVERY)
+    run(folder, rows, *EVERY)  # an earlier run of somebody's
+    for job, flags in (("a", ["--out", "out", "--overwrite"]), ("b", [])):
+        monkeypatch.setenv(variable, job)
+        stopped_after(3, folder, rows, None, monkeypatch, *flags)
         capsys.readouterr()
-        with monkeypatch.context() as patched:
-            patched.setenv(variable, "1")
-            out = run(folder, rows, *flags, *EVERY)
+        out = run(folder, rows, *flags, *EVERY)
         assert "after step 2\n" in capsys.readouterr().out and len(metrics(out)) == 6
-    assert out == Path("runs/run-1")
+    assert out == Path("runs/run-2")
+    monkeypatch.setenv(variable, "c")  # another job: --overwrite means what it says
+    capsys.readouterr()
+    run(folder, rows, "--out", "out", "--overwrite", *EVERY)
+    assert "after step" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_later_checkpoint_never_outlives_a_new_one(folder, rows, tmp_path, monkeypatch, keep):
+    flags = ("--keep", keep, "--checkpoint-every", 1)
+    stopped_after(5, folder, rows, tmp_path / "out", monkeypatch, *flags)
+    for path in (tmp_path / "out" / "checkpoints").iterdir():
+        damage_shard(path)
+    stopped_after(1, folder, rows, tmp_path / "out", monkeypatch, *flags)
+    assert saved(tmp_path / "out") == ["step-000001"]
 
 
 def test_sigterm_saves_and_says_so_and_exits_with_its_number(folder, rows, tmp_path, monkeypatch, capsys):

@@ -6,8 +6,10 @@ As a program (`torchrun tests/test_ranks.py CASES.json OUT`) it trains each case
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -319,15 +321,88 @@ def test_a_stuck_rank_is_named_when_the_time_limit_ends_the_wait(place, tmp_path
     _, folder, rows, _ = place
     program = tmp_path / "stuck.py"
     program.write_text(
-        "import time, datetime, train\n"
-        "train.TIMEOUT = datetime.timedelta(seconds=5)\n"
-        "arrived = train.World.arrived\n"
-        "train.World.arrived = lambda self, step: time.sleep(600) if self.rank == 1 and step == 3 else arrived(self, step)\n"
+        "import os, time, datetime, train\n"
+        "train.TIMEOUT = datetime.timedelta(seconds=6)\n"
+        "nll, calls = train.batch_nll, []\n"
+        "def stuck(*args):\n"
+        "    calls.append(1)\n"
+        "    time.sleep(600 * (os.environ['RANK'] == '1' and len(calls) == 4))\n"
+        "    return nll(*args)\n"
+        "train.batch_nll = stuck\n"
         "train.main()\n"
     )
-    done = torchrun(2, program, *train_command(folder, rows, tmp_path / "out")[1:], timeout=120)
-    assert done.returncode != 0
-    assert "error: rank 0: a collective failed; behind the others: rank 1 (at step 2)" in done.stderr, done.stderr[-3000:]
+    for shard in ("ddp", "fsdp"):
+        done = torchrun(2, program, *train_command(folder, rows, tmp_path / shard, "--shard", shard)[1:], timeout=120)
+        assert done.returncode != 0
+        said = re.search(r"error: rank 0: nothing has moved for .*; behind the others: (.*)", done.stderr)
+        assert said and "rank 1" in said[1], done.stderr[-3000:]
+        assert shard == "fsdp" or said[1] == "rank 1", "fsdp's own gathers leave no mark: there it may name both"
+
+
+def test_under_ddp_the_others_wait_until_rank_0_has_written_the_model(place, uninterrupted, tmp_path):
+    _, folder, rows, _ = place
+    program = tmp_path / "slow.py"
+    program.write_text(
+        "import time, datetime, model, train\n"
+        "train.TIMEOUT = datetime.timedelta(seconds=15)\n"
+        "save = model.Llama.save_pretrained\n"
+        "model.Llama.save_pretrained = lambda *a, **k: (time.sleep(8), save(*a, **k))\n"
+        "train.main()\n"
+    )
+    done = torchrun(2, program, *train_command(folder, rows, tmp_path / "out", "--shard", "ddp")[1:], timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(tmp_path / "out", uninterrupted, 1e-5)
+
+
+def two_agents(program: list, port: int, *flags) -> list[subprocess.Popen]:
+    """Two torchrun agents on this machine, in the place of two nodes."""
+    rendezvous = [
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"localhost:{port}",
+        "--rdzv-id",
+        str(port),
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, *map(str, flags), *map(str, program)]
+    how = dict(cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return [subprocess.Popen(command, **how) for _ in range(2)]
+
+
+FAULTY = (  # rank 1 fails while it prepares, as often as the file says
+    "import os, pathlib, train\n"
+    "prepare, left = train.prepare, pathlib.Path(os.environ['FAULTS'])\n"
+    "def faulty(*args):\n"
+    "    if os.environ['RANK'] == '1' and (n := int(left.read_text())):\n"
+    "        left.write_text(str(n - 1))\n"
+    "        raise ValueError('a fault of its own')\n"
+    "    return prepare(*args)\n"
+    "train.prepare = faulty\n"
+    "train.main()\n"
+)
+
+
+def test_a_fault_on_one_node_ends_the_other_with_its_message_and_a_restart_on_one_goes_well(place, uninterrupted, tmp_path, monkeypatch):
+    _, folder, rows, _ = place
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    monkeypatch.setenv("FAULTS", str(tmp_path / "faults"))
+    program = [tmp_path / "faulty.py", *train_command(folder, rows, tmp_path / "out")[1:]]
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    (tmp_path / "faults").write_text("9")
+    said = [process.communicate(timeout=120) for process in two_agents(program, port)]
+    errors = "".join(errors for _, errors in said)
+    assert "error: a fault of its own" in errors and "error: rank 1: a fault of its own" in errors, errors[-3000:]
+    (tmp_path / "faults").write_text("1")
+    processes = two_agents(program, port + 1, "--max-restarts", 2)
+    said = [process.communicate(timeout=180) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert_same_run(tmp_path / "out", uninterrupted, 1e-5)
 
 
 if __name__ == "__main__":
