@@ -112,6 +112,7 @@ def test_every_file_and_flag_the_readme_names_exists():
     }  # torchrun's
     flags |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--requeue", "--signal"}  # Slurm's
     flags |= {"--exclude", "--repo-type"}  # of hf download
+    flags |= {"--shutdown-timeout", "--kill-on-bad-exit"}  # torchrun's, and srun's
     ours = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README)) - {"--help"}
     assert ours <= flags, ours - flags
     for name in re.findall(r"`((?:[a-z0-9_]+/)*[a-z0-9_]+\.(?:py|md|jsonl|toml))`", README):

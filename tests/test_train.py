@@ -936,6 +936,17 @@ def test_over_ranks_the_plan_splits_what_fsdp_splits():
     assert eight["weights, gradients, AdamW"] == one["weights, gradients, AdamW"] // 8 == 2 * parameters
     assert eight["activations"] == one["activations"] and "gathered" not in one
     embedding, block = 128256 * 3072, 3072 * (2 * 3072 + 2 * 1024 + 3 * 8192)
+    readme = (Path(train.__file__).parent / "README.md").read_text(encoding="utf-8")
+    larger = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        head_dim=128,
+    )  # fmt: skip
+    with torch.device("meta"):
+        of_8b = sum(p.numel() for p in Llama(larger).parameters())
+    for config_, count, label in ((cfg, parameters, "Llama-3.2-3B (3.21 billion)"), (larger, of_8b, "Llama-3.1-8B (8.03 billion)")):
+        for tokens, head in ((4096, label), (8192, "")):
+            totals = [sum(train.memory_needed(config_, count, tokens, 2, n, full).values()) / 1e9 for n in (1, 8) for full in (False, True)]
+            assert f"| {head} | {tokens:,} | ".replace("|  |", "| |") + " | ".join(f"{total:.0f}" for total in totals) + " |" in readme
     assert eight["gathered"] == pytest.approx(2 * 2 * (embedding + 2 * block) + 4 * embedding, rel=1e-3)
 
 
