@@ -253,6 +253,7 @@ def export(model: Llama, tokenizer: Tokenizer, template: str, dtype: torch.dtype
     """OUT/model in the published layout; a folder of that name is complete. A matrix at a time is gathered, on rank 0 a file's worth."""
 
     def gather(p: torch.Tensor) -> torch.Tensor:
+        world.mark()
         return p.full_tensor() if isinstance(p, DTensor) else p
 
     part = out / "model.part"

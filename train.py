@@ -391,6 +391,7 @@ class World:
             if self.store.check(["fault"]):
                 raise ValueError(self.store.get("fault").decode())
             time.sleep(0.05)
+            self.marked = time.monotonic()  # this may take as long as it takes
             if time.monotonic() > said + 60:
                 said = time.monotonic()
                 print(f"rank {self.rank}: {(said - began) / 60:.0f} min of waiting for {what}", file=sys.stderr, flush=True)
