@@ -1,6 +1,5 @@
 """checkpoint.py: what is there under its own name is whole, what is not is passed over, and nothing is lost to a fault."""
 
-import json
 import os
 import re
 import shutil
@@ -11,26 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import ROWS, config, metrics, run
-from tiny import tiny_folder
+from test_train import config, folder, metrics, rows, run  # noqa: F401, two of them are fixtures
 
 import checkpoint
 import train
 from model import Llama
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tiny_folder(tmp_path / "tiny")
-
-
-@pytest.fixture
-def rows(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
 
 
 EVERY = ("--checkpoint-every", 2)  # 3 steps an epoch, 6 in all
