@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import config, folder, metrics, rows, run  # noqa: F401, two of them are fixtures
+from test_train import config, metrics, run
 
 import checkpoint
 import train

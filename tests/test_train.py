@@ -35,18 +35,6 @@ ROWS = [
 ]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return tiny_folder(tmp_path / "tiny")
-
-
-@pytest.fixture
-def rows(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
-
-
 def config(folder, rows, *flags):
     base = f"--model {folder} --data {rows} --context 128 --micro-batch-tokens 512 --batch-size 4 --epochs 2 --lr 1e-2 --dtype float32"
     return train.parse_args([*base.split(), *map(str, flags)])
