@@ -6,6 +6,7 @@ A checkpoint folder under its own name is whole: it is written under another, sy
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -176,8 +177,12 @@ def save(out: Path, step: int, model: Llama, optimizer: torch.optim.Optimizer, k
         if world.size > 1:
             dist.barrier()
         dcp.save(state(model, optimizer) | random_states(world.rank), checkpoint_id=part, no_dist=world.size == 1)
+        mine = [
+            path for path in sorted(part.iterdir()) if path.name.startswith(f"__{world.rank}_") or (path.name[0] == "." and not world.rank)
+        ]
+        parts = world.gather(f"digests of step {step}", {path.name: digest(path) for path in mine})
         if world.rank == 0:
-            about = {"step": step, "ranks": world.size, "files": {path.name: path.stat().st_size for path in part.iterdir()}}
+            about = {"step": step, "ranks": world.size, "files": {name: sha for files in parts for name, sha in files.items()}}
             write_json(part / "about.json", about)
             sync(part / "about.json", part)
             part.rename(whole)
@@ -200,19 +205,34 @@ def sync(*paths: Path) -> None:
         os.close(fd)
 
 
-def newest(out: Path) -> Path | None:
-    """The newest checkpoint that is whole; says which ones are not."""
-    for path in sorted((out / "checkpoints").glob("step-??????"), reverse=True):
+def digest(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def newest(out: Path, world) -> Path | None:
+    """The newest checkpoint that is whole, None where there is none at all; says which ones are not. The ranks share the reading.
+
+    Raises:
+        ValueError: there are some, and none is whole.
+    """
+    paths = world.first("checkpoints", lambda: [str(path) for path in sorted((out / "checkpoints").glob("step-??????"), reverse=True)])
+    for path in map(Path, paths):
         try:
             about = read_json(path / "about.json")
             about["step"], about["ranks"]  # noqa: B018, read later
-            wrong = [name for name, size in about["files"].items() if not (path / name).is_file() or (path / name).stat().st_size != size]
-            if not wrong:
-                return path
-            reason = f"{wrong[0]} is missing or cut short"
-        except (ValueError, KeyError, AttributeError) as e:
-            reason = str(e)
-        print(f"{path}: not whole ({reason}); trying the one before it")
+            share = sorted(about["files"].items())[world.rank :: world.size]
+            wrong = [
+                f"{name} is missing or has changed" for name, sha in share if not (path / name).is_file() or digest(path / name) != sha
+            ]
+        except (ValueError, KeyError, AttributeError, OSError) as e:
+            wrong = [str(e)]
+        said = [reason for reasons in world.gather(f"state of {path}", wrong) for reason in reasons]
+        if world.first(f"verdict on {path}", lambda: not said):  # noqa: B023, called at once
+            return path
+        print(f"{path}: not whole ({said[0] if said else 'see rank 0'}); looking for one before it")
+    if paths:
+        raise ValueError(f"{out / 'checkpoints'}: none is whole; move them away to begin again from the first step, or --overwrite")
     return None
 
 
@@ -221,8 +241,8 @@ def resume(out: Path, model: Llama, optimizer: torch.optim.Optimizer, world) -> 
 
     The ranks may be more or fewer than those that saved it. The log is cut to those steps, so that none is there twice.
     """
-    path = world.first("checkpoint", lambda: str(newest(out) or ""))
-    about = read_json(Path(path) / "about.json") if path else {"step": 0}
+    path = newest(out, world)
+    about = read_json(path / "about.json") if path else {"step": 0}
     step = about["step"]
     if path:
         loaded, mine = state(model, optimizer), random_states(world.rank)

@@ -158,10 +158,8 @@ class Config:
             ),
             (self.weight_decay >= 0 and self.clip >= 0, f"--weight-decay {self.weight_decay} --clip {self.clip}: expected neither below 0"),
             (self.seed >= 0, f"--seed {self.seed}: expected 0 or above"),
-            (
-                self.checkpoint_every >= 0 and self.keep >= 1,
-                f"--checkpoint-every {self.checkpoint_every} --keep {self.keep}: expected 0 or more, and at least 1",
-            ),
+            (self.checkpoint_every >= 0, f"--checkpoint-every {self.checkpoint_every}: expected a number of steps, or 0 for none"),
+            (self.keep >= 1, f"--keep {self.keep}: expected at least 1"),
             (not self.overwrite or self.out is not None, "--overwrite needs --out: without it every run has a folder of its own"),
             (
                 all(type(v) is not int or v < 2**31 for v in vars(self).values()),
@@ -385,6 +383,17 @@ class World:
             for rank in range(self.size):
                 self.wait(f"{what}/{rank}", f"{what} on rank {rank}")
 
+    def gather(self, what: str, value) -> list:
+        """Every rank's value, on rank 0; it must be fit for JSON."""
+        if self.size == 1:
+            return [value]
+        self.store.set(f"{what}/{self.rank}", json.dumps(value))
+        if self.rank:
+            return []
+        for rank in range(self.size):
+            self.wait(f"{what}/{rank}", f"{what} of rank {rank}")
+        return [json.loads(self.store.get(f"{what}/{rank}")) for rank in range(self.size)]
+
     def wait(self, key: str, what: str) -> None:
         began = said = time.monotonic()
         while not self.store.check([key]):
@@ -446,8 +455,9 @@ class World:
         """Which ranks are behind."""
         with suppress(RuntimeError):
             marks = [int(self.store.get(f"mark/{rank}")) if self.store.check([f"mark/{rank}"]) else 0 for rank in range(self.size)]
-            return ", ".join(f"rank {rank}" for rank, mark in enumerate(marks) if mark == min(marks))
-        return "unknown, the store is gone"
+            behind = ", ".join(f"rank {rank}" for rank, mark in enumerate(marks) if mark < max(marks))
+            return behind or "none, all had come equally far; was one of them killed?"
+        return "unknown, torchrun itself is gone"
 
 
 def build(cfg: Config, folder: Path, world: World) -> Llama:
@@ -747,7 +757,7 @@ def prepare_and_fit(cfg: Config, world: World) -> Path | None:
     elif cfg.grouper == "llmlingua2":
         groupers.need_transformers()
         world.first("classifier", lambda: str(resolve(cfg.llmlingua_model)))
-    if not cfg.dry_run and world.first("run folder", lambda: checkpoint.finished(cfg)):
+    if world.first("run folder", lambda: checkpoint.finished(cfg)):
         print(f"{cfg.out}: this run is already finished; nothing to do")
         return Path(cfg.out)
 
@@ -837,7 +847,8 @@ def loop(
                 os.fsync(log.fileno()) if world.rank == 0 else None
                 checkpoint.save(out, done + 1, model, optimizer, cfg.keep, world)
             if stopped and not last:
-                kept = "; its checkpoint is saved, start it again to go on" if cfg.checkpoint_every else ""
+                kept = f"; its checkpoint is saved, start it again{' without --overwrite' * cfg.overwrite} to go on"
+                kept = kept if cfg.checkpoint_every else "; nothing is saved (--checkpoint-every 0)"
                 print(f"stopped by SIGTERM after step {done + 1} of {total_steps}{kept}", flush=True)
                 return False
     return True
@@ -934,7 +945,7 @@ def main() -> None:
             raise
         sys.exit(f"error: out of memory ({str(e).splitlines()[0]}); lower --micro-batch-tokens or --context")
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        sys.exit("interrupted; the same command goes on from the last checkpoint, where there is an --out and one in it")
 
 
 if __name__ == "__main__":

@@ -101,9 +101,17 @@ def damage_shard(path):
     shard.write_bytes(shard.read_bytes()[:-9])
 
 
+def flip_bit(path):
+    shard = next(path.glob("*.distcp"))
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    shard.write_bytes(raw)
+
+
 DAMAGE = {
-    "a shard cut short": (damage_shard, r"__0_0\.distcp is missing or cut short"),
-    "a shard missing": (lambda path: next(path.glob("*.distcp")).unlink(), r"__0_0\.distcp is missing or cut short"),
+    "a shard cut short": (damage_shard, r"__0_0\.distcp is missing or has changed"),
+    "a bit changed in a shard": (flip_bit, r"__0_0\.distcp is missing or has changed"),
+    "a shard missing": (lambda path: next(path.glob("*.distcp")).unlink(), r"__0_0\.distcp is missing or has changed"),
     "metadata missing": (lambda path: (path / ".metadata").unlink(), r"\.metadata is missing"),
     "about.json missing": (lambda path: (path / "about.json").unlink(), r"not readable as JSON"),
     "about.json empty": (lambda path: (path / "about.json").write_text("{}"), "'step'"),
@@ -119,7 +127,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_one_line(folder, rows, tmp_pat
     capsys.readouterr()
     out = run(folder, rows, "--out", tmp_path / "out", *EVERY)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "not whole" in line]
-    assert line.startswith(f"{out / 'checkpoints' / 'step-000004'}: not whole (") and line.endswith("trying the one before it")
+    assert line.startswith(f"{out / 'checkpoints' / 'step-000004'}: not whole (") and line.endswith("looking for one before it")
     assert re.search(reason, line) and same_run(out, whole)
 
 
@@ -213,14 +221,25 @@ def test_a_restart_overwrites_nothing_and_finds_its_folder_again(folder, rows, t
     assert "after step" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("keep", [1, 2])
-def test_a_damaged_later_checkpoint_never_outlives_a_new_one(folder, rows, tmp_path, monkeypatch, keep):
-    flags = ("--keep", keep, "--checkpoint-every", 1)
-    stopped_after(5, folder, rows, tmp_path / "out", monkeypatch, *flags)
+def test_where_no_checkpoint_is_whole_nothing_is_thrown_away(folder, rows, tmp_path, monkeypatch, capsys):
+    stopped_after(5, folder, rows, tmp_path / "out", monkeypatch, "--checkpoint-every", 1)
     for path in (tmp_path / "out" / "checkpoints").iterdir():
         damage_shard(path)
-    stopped_after(1, folder, rows, tmp_path / "out", monkeypatch, *flags)
-    assert saved(tmp_path / "out") == ["step-000001"]
+    with pytest.raises(ValueError, match="checkpoints: none is whole; move them away to begin again from the first step, or --overwrite"):
+        run(folder, rows, "--out", tmp_path / "out", *EVERY)
+    assert saved(tmp_path / "out") == ["step-000004", "step-000005"] and len(metrics(tmp_path / "out")) == 5
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_later_checkpoint_never_outlives_a_new_one(folder, rows, tmp_path, monkeypatch, keep):
+    flags = ("--checkpoint-every", 1)
+    stopped_after(5, folder, rows, tmp_path / "out", monkeypatch, *flags, "--keep", 2)
+    damage_shard(tmp_path / "out" / "checkpoints" / "step-000005")
+    shutil.move(tmp_path / "out" / "checkpoints" / "step-000004", tmp_path / "out" / "checkpoints" / "step-000001")
+    about = tmp_path / "out" / "checkpoints" / "step-000001" / "about.json"
+    about.write_text(about.read_text().replace('"step": 4', '"step": 1'))
+    stopped_after(2, folder, rows, tmp_path / "out", monkeypatch, *flags, "--keep", keep)
+    assert saved(tmp_path / "out") == ["step-000001", "step-000002"][-keep:]
 
 
 def test_sigterm_saves_and_says_so_and_exits_with_its_number(folder, rows, tmp_path, monkeypatch, capsys):

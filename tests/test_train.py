@@ -458,7 +458,7 @@ def test_dry_run_prints_the_plan_before_it_loads_a_weight_and_writes_nothing(fol
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Llama, "from_pretrained", None)
     before = sorted(tmp_path.rglob("*"))
-    assert run(folder, rows, "--dry-run") is None
+    assert run(folder, rows, "--dry-run", "--out", tmp_path / "out") is None
     said = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert list(said) == ["data", "tokens", "groups", "steps", "model", "memory", "saves"]
     assert said["data"].endswith("rows.jsonl: 11 rows, 11 samples kept") and said["steps"].startswith(
