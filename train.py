@@ -456,7 +456,7 @@ class World:
         with suppress(RuntimeError):
             marks = [int(self.store.get(f"mark/{rank}")) if self.store.check([f"mark/{rank}"]) else 0 for rank in range(self.size)]
             behind = ", ".join(f"rank {rank}" for rank, mark in enumerate(marks) if mark < max(marks))
-            return behind or "none, all had come equally far; was one of them killed?"
+            return behind or "none, all came equally far: one is stuck within the step, or gone"
         return "unknown, torchrun itself is gone"
 
 
