@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model import write_safetensors
+from files import write_safetensors
 
 Arrays = dict[str, np.ndarray]
 
@@ -59,10 +59,13 @@ def source(*modules: str) -> str:
     return hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in modules)).hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def content(folder: Path) -> str:
     """SHA-256 of a model folder: every file that lies in it."""
-    sha = hashlib.sha256()
-    for path in sorted(p for p in Path(folder).iterdir() if p.is_file()):
-        with open(path, "rb") as f:
-            sha.update(f"{path.name} {hashlib.file_digest(f, 'sha256').hexdigest()} ".encode())
-    return sha.hexdigest()
+    files = [f"{path.name} {file_digest(path)}" for path in sorted(Path(folder).iterdir()) if path.is_file()]
+    return hashlib.sha256(" ".join(files).encode()).hexdigest()

@@ -1,4 +1,5 @@
-"""The run folder: who may write it, its checkpoints, the picture and the model it ends with. Off the reading path.
+"""The run folder: who may write it, its checkpoints, the picture and the model it ends with; and how the ranks at work on it
+meet, wait and fail together. Off the reading path.
 
 OUT/config.json  OUT/metrics.jsonl  OUT/checkpoints/step-000050/  OUT/losses.png  OUT/model/  OUT/cache/
 
@@ -6,26 +7,35 @@ A checkpoint folder under its own name is whole: it is written under another, sy
 """
 
 import fcntl
-import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+import time
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
+from datetime import timedelta
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
+from threading import Thread
+from uuid import uuid4
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from cache import file_digest
 from data import Tokenizer
-from model import Llama, read_json, write_json
+from files import read_json, write_json
+from model import Llama
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process may save too
 
@@ -75,15 +85,28 @@ def differing(cfg, before: dict) -> list[str]:
     return [name for name in now if name not in same and before.get(name) != now[name]]
 
 
-def job() -> str | None:
-    """What Slurm or torchrun call this job, the same when they start it again."""
-    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+def settings(out: Path) -> dict:
+    """The configuration that a run folder was made with."""
+    return read_json(out / "config.json")["config"]
+
+
+def job() -> dict[str, str | None]:
+    """What torchrun and Slurm call this job."""
+    return {"torchrun": os.environ.get("TORCHELASTIC_RUN_ID"), "slurm": os.environ.get("SLURM_JOB_ID")}
 
 
 def restarted(out: Path) -> bool:
-    """Whether this very job made the folder, before it was started again: then --overwrite has done its work."""
-    about = read_json(out / "config.json") if (out / "config.json").is_file() else {}
-    return job() is not None and about.get("job") == job()
+    """Whether this very job made the folder, and torchrun or Slurm then started it again: --overwrite has done its work.
+
+    torchrun draws an id for each launch, or was given one; "none" says nothing, unless it counts a restart. Slurm's is the same for
+    every command of a job, so only a requeue counts.
+    """
+    made = (read_json(out / "config.json") if (out / "config.json").is_file() else {}).get("job")
+    if not isinstance(made, dict):
+        return False
+    now, again = job(), {name: int(os.environ.get(f"{name}_RESTART_COUNT") or 0) > 0 for name in ("TORCHELASTIC", "SLURM")}
+    same = {name: now[name] is not None and made.get(name) == now[name] for name in now}
+    return same["torchrun"] and (now["torchrun"] != "none" or again["TORCHELASTIC"]) or same["slurm"] and again["SLURM"]
 
 
 def claim(cfg) -> Path:
@@ -95,7 +118,7 @@ def claim(cfg) -> Path:
     if cfg.out:
         out = Path(cfg.out)
         out.mkdir(parents=True, exist_ok=True)
-    elif earlier := [path for path in Path("runs").glob(f"{name}-*") if restarted(path)]:
+    elif earlier := [path for path in Path("runs").glob(f"{name}-*") if restarted(path) and not differing(cfg, settings(path))]:
         out = earlier[0]
     else:
         Path("runs").mkdir(exist_ok=True)
@@ -116,7 +139,7 @@ def claim(cfg) -> Path:
         for path in (out / name for name in OURS):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     if (out / "config.json").is_file():
-        if changed := differing(cfg, read_json(out / "config.json")["config"]):
+        if changed := differing(cfg, settings(out)):
             raise ValueError(f"{out}: another run took it in the meantime ({changed[0]} differs); choose another --out")
         return out
     about = {"python": sys.version.split()[0], **{name: version(name) for name in ("torch", "safetensors", "tokenizers", "numpy")}}
@@ -142,6 +165,148 @@ def disk_free(cfg) -> int:
     return shutil.disk_usage(place).free + held
 
 
+# Ranks.
+
+TIMEOUT = timedelta(minutes=10)  # of a collective: no step takes so long, so a rank is stuck or gone
+
+
+class World:
+    """The processes that torchrun started, this one among them; alone without it.
+
+    They talk by the store of torchrun's agent, where a wait has no limit, until `open` starts collectives, which have one.
+    """
+
+    def __init__(self):
+        self.rank, self.size, self.marks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), 0
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            local_rank = int(os.environ.get("LOCAL_RANK", 0))
+            if local_rank >= torch.cuda.device_count():
+                raise ValueError(f"--nproc-per-node asks for more processes than the {torch.cuda.device_count()} GPUs of this node")
+            self.device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            if self.rank:
+                sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+            self.store = self.meet(next(dist.rendezvous("env://"))[0])
+
+    def meet(self, store: dist.Store) -> dist.Store:
+        """The store under a prefix of this start's own: the agent keeps what ranks of an earlier start, now gone, left there."""
+        me = uuid4().hex
+        if self.rank == 0:
+            here = {0}
+            while len(here) < self.size:
+                for rank in set(range(self.size)) - here:
+                    if store.check([f"hello/{rank}"]):
+                        store.set(f"welcome/{store.get(f'hello/{rank}').decode()}", me)
+                    if store.check([f"{me}/thanks/{rank}"]):
+                        here.add(rank)
+                time.sleep(0.02)
+            return dist.PrefixStore(me, store)
+        store.set(f"hello/{self.rank}", me)
+        while not store.check([f"welcome/{me}"]):
+            time.sleep(0.02)
+        prefix = store.get(f"welcome/{me}").decode()
+        store.set(f"{prefix}/thanks/{self.rank}", "")
+        return dist.PrefixStore(prefix, store)
+
+    def first(self, what: str, work: Callable):
+        """What work() returns on rank 0, on every rank; the others wait as long as it takes. It must be fit for JSON."""
+        if self.size == 1:
+            return work()
+        if self.rank == 0:
+            self.store.set(what, json.dumps(work()))
+        self.wait(what, what)
+        return json.loads(self.store.get(what))
+
+    def before_others(self, what: str, work: Callable):
+        """work() on rank 0, then on the others, which find what it downloaded or stored."""
+        done = work() if self.rank == 0 else None
+        self.first(what, lambda: None)
+        return done if self.rank == 0 else work()
+
+    def all(self, what: str) -> None:
+        """Wait until every rank has come here."""
+        self.gather(what, None)
+        self.first(f"all: {what}", lambda: None)
+
+    def gather(self, what: str, value) -> list:
+        """Every rank's value, on rank 0; it must be fit for JSON."""
+        if self.size == 1:
+            return [value]
+        self.store.set(f"{what}/{self.rank}", json.dumps(value))
+        if self.rank:
+            return []
+        for rank in range(self.size):
+            self.wait(f"{what}/{rank}", f"{what} of rank {rank}")
+        return [json.loads(self.store.get(f"{what}/{rank}")) for rank in range(self.size)]
+
+    def wait(self, key: str, what: str) -> None:
+        began = said = time.monotonic()
+        while not self.store.check([key]):
+            if self.store.check(["fault"]):
+                raise ValueError(self.store.get("fault").decode())
+            time.sleep(0.05)
+            self.marked = time.monotonic()  # this may take as long as it takes
+            if time.monotonic() > said + 60:
+                said = time.monotonic()
+                print(f"rank {self.rank}: {(said - began) / 60:.0f} min of waiting for {what}", file=sys.stderr, flush=True)
+
+    def fault(self, e: Exception) -> None:
+        """Tell the ranks that wait for this one, on whatever node, that it will not come."""
+        if self.size > 1 and hasattr(self, "store"):
+            with suppress(RuntimeError):  # the store may be gone
+                self.store.set("fault", f"rank {self.rank}: {e}")
+
+    def open(self) -> None:
+        """Collectives from here on."""
+        if self.size > 1:
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            store = dist.PrefixStore("group", self.store)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
+            self.mark()
+            Thread(target=self.watch, daemon=True).start()
+
+    def close(self) -> None:
+        if self.size > 1:
+            self.marks = math.inf  # nothing more to watch
+            dist.destroy_process_group()
+
+    def sum(self, t: Tensor) -> Tensor:
+        """A tensor's sum over ranks."""
+        if self.size > 1:
+            self.mark()
+            t = t.clone()
+            dist.all_reduce(t)
+        return t
+
+    def mark(self) -> None:
+        """Leave word of how far this rank has come, for `late`."""
+        if self.size > 1:
+            self.marks, self.marked = self.marks + 1, time.monotonic()
+            self.store.set(f"mark/{self.rank}", str(self.marks))
+
+    def watch(self) -> None:
+        """End this process, naming the ranks that are behind, before the collective it hangs in runs out of time without a word."""
+        while self.marks < math.inf:
+            time.sleep(0.2)
+            if time.monotonic() > self.marked + 0.9 * TIMEOUT.total_seconds() and self.marks < math.inf:
+                print(
+                    f"error: rank {self.rank}: nothing has moved for {0.9 * TIMEOUT}; behind the others: {self.late()}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)
+
+    def late(self) -> str:
+        """Which ranks are behind."""
+        with suppress(RuntimeError):
+            marks = [int(self.store.get(f"mark/{rank}")) if self.store.check([f"mark/{rank}"]) else 0 for rank in range(self.size)]
+            behind = ", ".join(f"rank {rank}" for rank, mark in enumerate(marks) if mark < max(marks))
+            return behind or "none, all came equally far: one is stuck within the step, or gone"
+        return "unknown, torchrun itself is gone"
+
+
 # Checkpoints.
 
 
@@ -160,7 +325,7 @@ def random_states(rank: int) -> dict[str, torch.Tensor]:
     return states | ({f"random_cuda.{rank}": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
-def save(out: Path, step: int, model: Llama, optimizer: torch.optim.Optimizer, keep: int, world) -> None:
+def save(out: Path, step: int, model: Llama, optimizer: torch.optim.Optimizer, keep: int, world: World) -> None:
     """OUT/checkpoints/step-<n>, written by all ranks; then all but the newest `keep` go.
 
     Raises:
@@ -180,7 +345,7 @@ def save(out: Path, step: int, model: Llama, optimizer: torch.optim.Optimizer, k
         mine = [
             path for path in sorted(part.iterdir()) if path.name.startswith(f"__{world.rank}_") or (path.name[0] == "." and not world.rank)
         ]
-        parts = world.gather(f"digests of step {step}", {path.name: digest(path) for path in mine})
+        parts = world.gather(f"digests of step {step}", {path.name: file_digest(path) for path in mine})
         if world.rank == 0:
             about = {"step": step, "ranks": world.size, "files": {name: sha for files in parts for name, sha in files.items()}}
             write_json(part / "about.json", about)
@@ -205,12 +370,7 @@ def sync(*paths: Path) -> None:
         os.close(fd)
 
 
-def digest(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def newest(out: Path, world) -> Path | None:
+def newest(out: Path, world: World) -> Path | None:
     """The newest checkpoint that is whole, None where there is none at all; says which ones are not. The ranks share the reading.
 
     Raises:
@@ -220,12 +380,13 @@ def newest(out: Path, world) -> Path | None:
     for path in map(Path, paths):
         try:
             about = read_json(path / "about.json")
-            about["step"], about["ranks"]  # noqa: B018, read later
+            if lacking := sorted({"step", "ranks", "files"} - about.keys()):
+                raise ValueError(f"about.json lacks {lacking[0]}")
             share = sorted(about["files"].items())[world.rank :: world.size]
             wrong = [
-                f"{name} is missing or has changed" for name, sha in share if not (path / name).is_file() or digest(path / name) != sha
+                f"{name} is missing or has changed" for name, sha in share if not (path / name).is_file() or file_digest(path / name) != sha
             ]
-        except (ValueError, KeyError, AttributeError, OSError) as e:
+        except (ValueError, AttributeError, OSError) as e:
             wrong = [str(e)]
         said = [reason for reasons in world.gather(f"state of {path}", wrong) for reason in reasons]
         if world.first(f"verdict on {path}", lambda: not said):  # noqa: B023, called at once
@@ -236,7 +397,7 @@ def newest(out: Path, world) -> Path | None:
     return None
 
 
-def resume(out: Path, model: Llama, optimizer: torch.optim.Optimizer, world) -> int:
+def resume(out: Path, model: Llama, optimizer: torch.optim.Optimizer, world: World) -> int:
     """Put the newest whole checkpoint's state in place; returns how many steps it has behind it, 0 without one.
 
     The ranks may be more or fewer than those that saved it. The log is cut to those steps, so that none is there twice.
@@ -269,7 +430,7 @@ def resume(out: Path, model: Llama, optimizer: torch.optim.Optimizer, world) -> 
     return step
 
 
-def export(model: Llama, tokenizer: Tokenizer, template: str, dtype: torch.dtype, out: Path, world) -> None:
+def export(model: Llama, tokenizer: Tokenizer, template: str, dtype: torch.dtype, out: Path, world: World) -> None:
     """OUT/model in the published layout; a folder of that name is complete. A matrix at a time is gathered, on rank 0 a file's worth."""
 
     def gather(p: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cache import Arrays, cached, digest, source
-from model import Layout, download, read_json, read_tensor, weight_files, write_json
+from files import download, read_json, read_tensor, weight_files, write_json
+from model import Layout
 
 TEMPLATE, PROMPT, RESPONSE, END, SPECIAL = range(5)  # what a piece of text is; SPECIAL is stored as TEMPLATE
 TOKENIZED = (TEMPLATE, PROMPT, RESPONSE)  # the others are one token each, given by name
@@ -579,7 +580,7 @@ def micro_batches(corpus: Corpus, known: np.ndarray, samples: np.ndarray, max_to
     need = corpus.lengths[samples] - 1  # positions: a sample's last token is only ever a target
     rows = [first_fit(need, part, max_tokens) for part in deal(need, ranks)]
     batches = [pack(corpus, known, samples[row]) for row in rows[rank]]
-    return batches + [blank(corpus, known)] * (max(map(len, rows)) - len(batches))
+    return batches + [blank(corpus, known) for _ in range(max(map(len, rows)) - len(batches))]
 
 
 def deal(need: np.ndarray, ranks: int) -> list[list[int]]:

@@ -20,7 +20,8 @@ import torch
 import data
 import groupers
 from data import END, Corpus, Tokenizer
-from model import DTYPES, Llama, LlamaConfig, resolve, weight_files
+from files import resolve, weight_files
+from model import DTYPES, Llama, LlamaConfig
 from recipes import RECIPES
 from train import check_reference, corpus_nll
 

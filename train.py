@@ -20,14 +20,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from threading import Thread
 from types import UnionType
-from uuid import uuid4
 
 # On a CPU oneDNN compiles kernels for every new row length and keeps 1,024 of them, gigabytes; a quarter is no slower (LOG.md).
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
@@ -49,8 +45,10 @@ import data
 import groupers
 import recipes
 from cache import Arrays, cached, content, source
+from checkpoint import World
 from data import TEMPLATES, Batch, Corpus, Tokenizer
-from model import DTYPES, Llama, LlamaConfig, resolve, weight_files
+from files import resolve, weight_files
+from model import DTYPES, Llama, LlamaConfig
 from recipes import RECIPES
 from sftgo import group_sums, lam_at, sft_go, token_nll
 
@@ -324,141 +322,6 @@ def add_up(sums: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 # Ranks.
 
-TIMEOUT = timedelta(minutes=10)  # of a collective: no step takes so long, so a rank is stuck or gone
-
-
-class World:
-    """The processes that torchrun started, this one among them; alone without it.
-
-    They talk by the store of torchrun's agent, where a wait has no limit, until `open` starts collectives, which have one.
-    """
-
-    def __init__(self):
-        self.rank, self.size, self.marks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), 0
-        self.device = torch.device("cpu")
-        if torch.cuda.is_available():
-            local_rank = int(os.environ.get("LOCAL_RANK", 0))
-            if local_rank >= torch.cuda.device_count():
-                raise ValueError(f"--nproc-per-node asks for more processes than the {torch.cuda.device_count()} GPUs of this node")
-            self.device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(self.device)
-        if self.size > 1:
-            if self.rank:
-                sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
-            self.store = self.meet(next(dist.rendezvous("env://"))[0])
-
-    def meet(self, store: dist.Store) -> dist.Store:
-        """The store under a prefix of this start's own: the agent keeps what ranks of an earlier start, now gone, left there."""
-        me = uuid4().hex
-        if self.rank == 0:
-            here = {0}
-            while len(here) < self.size:
-                for rank in set(range(self.size)) - here:
-                    if store.check([f"hello/{rank}"]):
-                        store.set(f"welcome/{store.get(f'hello/{rank}').decode()}", me)
-                    if store.check([f"{me}/thanks/{rank}"]):
-                        here.add(rank)
-                time.sleep(0.02)
-            return dist.PrefixStore(me, store)
-        store.set(f"hello/{self.rank}", me)
-        while not store.check([f"welcome/{me}"]):
-            time.sleep(0.02)
-        prefix = store.get(f"welcome/{me}").decode()
-        store.set(f"{prefix}/thanks/{self.rank}", "")
-        return dist.PrefixStore(prefix, store)
-
-    def first(self, what: str, work: Callable):
-        """What work() returns on rank 0, on every rank; the others wait as long as it takes. It must be fit for JSON."""
-        if self.size == 1:
-            return work()
-        if self.rank == 0:
-            self.store.set(what, json.dumps(work()))
-        self.wait(what, what)
-        return json.loads(self.store.get(what))
-
-    def all(self, what: str) -> None:
-        """Wait until every rank has come here."""
-        if self.size > 1:
-            self.store.set(f"{what}/{self.rank}", "")
-            for rank in range(self.size):
-                self.wait(f"{what}/{rank}", f"{what} on rank {rank}")
-
-    def gather(self, what: str, value) -> list:
-        """Every rank's value, on rank 0; it must be fit for JSON."""
-        if self.size == 1:
-            return [value]
-        self.store.set(f"{what}/{self.rank}", json.dumps(value))
-        if self.rank:
-            return []
-        for rank in range(self.size):
-            self.wait(f"{what}/{rank}", f"{what} of rank {rank}")
-        return [json.loads(self.store.get(f"{what}/{rank}")) for rank in range(self.size)]
-
-    def wait(self, key: str, what: str) -> None:
-        began = said = time.monotonic()
-        while not self.store.check([key]):
-            if self.store.check(["fault"]):
-                raise ValueError(self.store.get("fault").decode())
-            time.sleep(0.05)
-            self.marked = time.monotonic()  # this may take as long as it takes
-            if time.monotonic() > said + 60:
-                said = time.monotonic()
-                print(f"rank {self.rank}: {(said - began) / 60:.0f} min of waiting for {what}", file=sys.stderr, flush=True)
-
-    def fault(self, e: Exception) -> None:
-        """Tell the ranks that wait for this one, on whatever node, that it will not come."""
-        if self.size > 1 and hasattr(self, "store"):
-            with suppress(RuntimeError):  # the store may be gone
-                self.store.set("fault", f"rank {self.rank}: {e}")
-
-    def open(self) -> None:
-        """Collectives from here on."""
-        if self.size > 1:
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            store = dist.PrefixStore("group", self.store)
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
-            self.mark()
-            Thread(target=self.watch, daemon=True).start()
-
-    def close(self) -> None:
-        if self.size > 1:
-            self.marks = math.inf  # nothing more to watch
-            dist.destroy_process_group()
-
-    def sum(self, t: Tensor) -> Tensor:
-        """A tensor's sum over ranks."""
-        if self.size > 1:
-            self.mark()
-            t = t.clone()
-            dist.all_reduce(t)
-        return t
-
-    def mark(self) -> None:
-        """Leave word of how far this rank has come, for `late`."""
-        if self.size > 1:
-            self.marks, self.marked = self.marks + 1, time.monotonic()
-            self.store.set(f"mark/{self.rank}", str(self.marks))
-
-    def watch(self) -> None:
-        """End this process, naming the ranks that are behind, before the collective it hangs in runs out of time without a word."""
-        while self.marks < math.inf:
-            time.sleep(0.2)
-            if time.monotonic() > self.marked + 0.9 * TIMEOUT.total_seconds() and self.marks < math.inf:
-                print(
-                    f"error: rank {self.rank}: nothing has moved for {0.9 * TIMEOUT}; behind the others: {self.late()}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                os._exit(1)
-
-    def late(self) -> str:
-        """Which ranks are behind."""
-        with suppress(RuntimeError):
-            marks = [int(self.store.get(f"mark/{rank}")) if self.store.check([f"mark/{rank}"]) else 0 for rank in range(self.size)]
-            behind = ", ".join(f"rank {rank}" for rank, mark in enumerate(marks) if mark < max(marks))
-            return behind or "none, all came equally far: one is stuck within the step, or gone"
-        return "unknown, torchrun itself is gone"
-
 
 def build(cfg: Config, folder: Path, world: World) -> Llama:
     """The model with its weights. Under fsdp a rank builds and reads its own rows of every matrix, and no more.
@@ -527,11 +390,8 @@ def clip_gradients(model: Llama, largest: float, world: World) -> float:
 def prepare(cfg: Config, tokenizer: Tokenizer, cache: Path | None, world: World) -> tuple[Corpus, np.ndarray]:
     """The corpus, and what its static grouper knows of each token. Rank 0 tokenizes and counts, the others read what it stored."""
 
-    def tokens() -> Corpus:
-        return data.load_corpus(data.data_file(cfg.data), tokenizer, cfg.template, cfg.context, cache)
-
-    world.first("tokens", lambda: bool(tokens()))
-    corpus = tokens()
+    path = data.data_file(cfg.data)
+    corpus = world.before_others("tokens", lambda: data.load_corpus(path, tokenizer, cfg.template, cfg.context, cache))
     if cfg.grouper == "llmlingua2" and not cfg.dry_run:  # in a dry run it would be minutes on a CPU, for one number of the plan
         folder = resolve(cfg.llmlingua_model)
 
@@ -745,7 +605,7 @@ def prepare_and_fit(cfg: Config, world: World) -> Path | None:
         raise ValueError(
             f"--shard {cfg.shard} with {world.size} process{'es' * (world.size > 1)}: fsdp and ddp are for several (torchrun), none for one"
         )
-    folder = Path(world.first("model", lambda: str(resolve(cfg.model))))
+    folder = world.before_others("model", lambda: resolve(cfg.model))
     llama = LlamaConfig.from_folder(folder)
     if cfg.context > llama.max_position_embeddings:
         raise ValueError(f"--context {cfg.context}: {cfg.model} has {llama.max_position_embeddings} positions (max_position_embeddings)")
@@ -753,10 +613,10 @@ def prepare_and_fit(cfg: Config, world: World) -> Path | None:
     if cfg.template == "llama3":
         data.require_trained_headers(folder, tokenizer)
     if cfg.grouper == "rho1":
-        world.first("reference model", lambda: check_reference(cfg, tokenizer))
+        world.before_others("reference", lambda: check_reference(cfg, tokenizer))
     elif cfg.grouper == "llmlingua2":
         groupers.need_transformers()
-        world.first("classifier", lambda: str(resolve(cfg.llmlingua_model)))
+        world.before_others("classifier", lambda: resolve(cfg.llmlingua_model))
     if world.first("run folder", lambda: checkpoint.finished(cfg)):
         print(f"{cfg.out}: this run is already finished; nothing to do")
         return Path(cfg.out)
@@ -844,7 +704,8 @@ def loop(
             stopped = bool(world.sum(torch.tensor(len(stop), device=world.device)))  # a signal may reach one rank before another
             last = done + 1 == total_steps
             if cfg.checkpoint_every and (stopped or last or (done + 1) % cfg.checkpoint_every == 0):
-                os.fsync(log.fileno()) if world.rank == 0 else None
+                if world.rank == 0:
+                    os.fsync(log.fileno())
                 checkpoint.save(out, done + 1, model, optimizer, cfg.keep, world)
             if stopped and not last:
                 kept = f"; its checkpoint is saved, start it again{' without --overwrite' * cfg.overwrite} to go on"

@@ -30,7 +30,7 @@ from classifiers import MBERT, SHAPES, XLMR, classifier_folder
 
 import groupers
 from data import RESPONSE, Corpus, Tokenizer, load_corpus, read_rows
-from model import write_json
+from files import write_json
 
 
 def timed(work, repeats: int) -> tuple[float, float]:

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
-from model import DTYPES, Llama, LlamaConfig, resolve, weight_files
+from files import resolve, weight_files
+from model import DTYPES, Llama, LlamaConfig
 from train import batch_nll
 
 

@@ -28,7 +28,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from model import Llama, LlamaConfig, read_json, write_json
+from files import read_json, write_json
+from model import Llama, LlamaConfig
 
 SHARED = Path(os.environ.get("SFTGO_SHARED", ROOT.parent / "shared"))
 DTYPE = "bfloat16"

@@ -114,7 +114,7 @@ DAMAGE = {
     "a shard missing": (lambda path: next(path.glob("*.distcp")).unlink(), r"__0_0\.distcp is missing or has changed"),
     "metadata missing": (lambda path: (path / ".metadata").unlink(), r"\.metadata is missing"),
     "about.json missing": (lambda path: (path / "about.json").unlink(), r"not readable as JSON"),
-    "about.json empty": (lambda path: (path / "about.json").write_text("{}"), "'step'"),
+    "about.json empty": (lambda path: (path / "about.json").write_text("{}"), "lacks files"),
 }
 
 
@@ -204,18 +204,20 @@ def test_a_plan_that_the_disk_cannot_hold_is_refused(folder, rows, tmp_path, mon
     assert checkpoint.disk_free(config(folder, rows, "--out", tmp_path / "held")) == needed
 
 
-@pytest.mark.parametrize("variable", ["TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"])
-def test_a_restart_overwrites_nothing_and_finds_its_folder_again(folder, rows, tmp_path, monkeypatch, capsys, variable):
+@pytest.mark.parametrize("name, count", [("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"), ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")])
+def test_a_restart_overwrites_nothing_and_finds_its_folder_again(folder, rows, tmp_path, monkeypatch, capsys, name, count):
     monkeypatch.chdir(tmp_path)
     run(folder, rows, *EVERY)  # an earlier run of somebody's
     for job, flags in (("a", ["--out", "out", "--overwrite"]), ("b", [])):
-        monkeypatch.setenv(variable, job)
+        monkeypatch.setenv(name, job)
+        monkeypatch.setenv(count, "0")
         stopped_after(3, folder, rows, None, monkeypatch, *flags)
+        monkeypatch.setenv(count, "1")
         capsys.readouterr()
         out = run(folder, rows, *flags, *EVERY)
         assert "after step 2\n" in capsys.readouterr().out and len(metrics(out)) == 6
     assert out == Path("runs/run-2")
-    monkeypatch.setenv(variable, "c")  # another job: --overwrite means what it says
+    monkeypatch.setenv(name, "c")  # another job: --overwrite means what it says
     capsys.readouterr()
     run(folder, rows, "--out", "out", "--overwrite", *EVERY)
     assert "after step" not in capsys.readouterr().out
@@ -228,6 +230,19 @@ def test_where_no_checkpoint_is_whole_nothing_is_thrown_away(folder, rows, tmp_p
     with pytest.raises(ValueError, match="checkpoints: none is whole; move them away to begin again from the first step, or --overwrite"):
         run(folder, rows, "--out", tmp_path / "out", *EVERY)
     assert saved(tmp_path / "out") == ["step-000004", "step-000005"] and len(metrics(tmp_path / "out")) == 5
+
+
+def test_two_commands_of_one_slurm_job_or_of_unnamed_launches_are_no_restart(folder, rows, tmp_path, monkeypatch, capsys):
+    for name, value in (("SLURM_JOB_ID", "7"), ("TORCHELASTIC_RUN_ID", "none")):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv(name, value)
+        seeds = [run(folder, rows, "--seed", seed, "--max-steps", 1) for seed in (0, 1)]
+        assert seeds[0] != seeds[1]
+        first = run(folder, rows, "--out", "out", "--overwrite", "--max-steps", 1)
+        capsys.readouterr()
+        assert run(folder, rows, "--out", "out", "--overwrite", "--max-steps", 1) == first
+        assert "already finished" not in capsys.readouterr().out
+        monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize("keep", [1, 2])

@@ -10,7 +10,8 @@ import stories260k
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import Layout, Llama, LlamaConfig, weight_files
+from files import weight_files
+from model import Layout, Llama, LlamaConfig
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",

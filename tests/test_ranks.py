@@ -73,7 +73,7 @@ def run_cases(cases: dict[str, list[str]], out: Path) -> None:
         folder, here = Path(cfg.model), out / str(n)
         here.mkdir(parents=True, exist_ok=True)
         tokenizer = data.Tokenizer(folder, LlamaConfig.from_folder(folder).vocab_size)
-        corpus, known = train.prepare(cfg, tokenizer, None, train.World()) if world.size == 1 else prepared(cfg, tokenizer)
+        corpus, known = train.prepare(cfg, tokenizer, None, world)
         if cfg.grouper == "rho1":
             known = train.corpus_nll(Llama.from_pretrained(folder, seed=9), corpus, 512)
         model = train.build(cfg, folder, world)
@@ -85,12 +85,6 @@ def run_cases(cases: dict[str, list[str]], out: Path) -> None:
         if world.rank == 0:
             torch.save({name: p.detach() for name, p in weights.items()}, here / "weights.pt")
     world.close()
-
-
-def prepared(cfg, tokenizer):
-    """What `train.prepare` gives, without its store."""
-    corpus = data.load_corpus(cfg.data, tokenizer, cfg.template, cfg.context)
-    return corpus, train.groupers.label_corpus(cfg.grouper, corpus, cfg.eta, cfg.seed)
 
 
 def torchrun(ranks: int, *command, **how) -> subprocess.CompletedProcess:
@@ -321,8 +315,8 @@ def test_a_stuck_rank_is_named_when_the_time_limit_ends_the_wait(place, tmp_path
     _, folder, rows, _ = place
     program = tmp_path / "stuck.py"
     program.write_text(
-        "import os, time, datetime, train\n"
-        "train.TIMEOUT = datetime.timedelta(seconds=6)\n"
+        "import os, time, datetime, checkpoint, train\n"
+        "checkpoint.TIMEOUT = datetime.timedelta(seconds=6)\n"
         "nll, calls = train.batch_nll, []\n"
         "def stuck(*args):\n"
         "    calls.append(1)\n"
@@ -345,8 +339,8 @@ def test_under_ddp_the_others_wait_until_rank_0_has_written_the_model(place, uni
     _, folder, rows, _ = place
     program = tmp_path / "slow.py"
     program.write_text(
-        "import time, datetime, model, train\n"
-        "train.TIMEOUT = datetime.timedelta(seconds=15)\n"
+        "import time, datetime, checkpoint, model, train\n"
+        "checkpoint.TIMEOUT = datetime.timedelta(seconds=15)\n"
         "save = model.Llama.save_pretrained\n"
         "model.Llama.save_pretrained = lambda *a, **k: (time.sleep(8), save(*a, **k))\n"
         "train.main()\n"

@@ -601,6 +601,14 @@ def test_without_out_each_run_takes_the_next_free_folder(folder, rows, tmp_path,
     assert [str(run(folder, rows, "--max-steps", 1)) for _ in range(2)] == ["runs/run-1", "runs/run-2"]
 
 
+@pytest.mark.fast
+def test_the_data_are_read_once(folder, rows, monkeypatch):
+    calls, load = [], data.load_corpus
+    monkeypatch.setattr(data, "load_corpus", lambda *args: calls.append(args) or load(*args))
+    run(folder, rows, "--dry-run")
+    assert len(calls) == 1
+
+
 def test_a_second_run_reads_the_tokens_of_the_first(folder, rows, tmp_path, monkeypatch):
     run(folder, rows, "--out", tmp_path / "a", "--cache", tmp_path / "cache", "--max-steps", 1)
     monkeypatch.setattr(data, "tokenize", None)
@@ -931,6 +939,13 @@ def test_over_ranks_the_plan_splits_what_fsdp_splits():
     )  # fmt: skip
     with torch.device("meta"):
         of_8b = sum(p.numel() for p in Llama(larger).parameters())
+    for config_, count, name in ((cfg, parameters, "3B"), (larger, of_8b, "8B")):
+        for n, where in ((1, "one GPU"), (8, "each of eight")):
+            parts, full = (train.memory_needed(config_, count, 4096, 2, n, recompute) for recompute in (False, True))
+            state = parts["weights, gradients, AdamW"] / 4
+            cells = [state, state, 2 * state, parts["activations"], full["activations"], parts["logits"], parts.get("gathered", 0)]
+            row = " | ".join(f"{cell / 1e9:.1f}" if cell else "" for cell in cells)
+            assert f"| {name}, {where} | {row}".rstrip() + " |" in readme
     for config_, count, label in ((cfg, parameters, "Llama-3.2-3B (3.21 billion)"), (larger, of_8b, "Llama-3.1-8B (8.03 billion)")):
         for tokens, head in ((4096, label), (8192, "")):
             totals = [sum(train.memory_needed(config_, count, tokens, 2, n, full).values()) / 1e9 for n in (1, 8) for full in (False, True)]
