@@ -238,6 +238,11 @@ def test_two_commands_of_one_slurm_job_or_of_unnamed_launches_are_no_restart(fol
         monkeypatch.setenv(name, value)
         seeds = [run(folder, rows, "--seed", seed, "--max-steps", 1) for seed in (0, 1)]
         assert seeds[0] != seeds[1]
+        monkeypatch.delenv(name)
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "lima")  # a name given to two launches: another seed is another run
+        assert run(folder, rows, "--seed", 2, "--max-steps", 1) != run(folder, rows, "--seed", 3, "--max-steps", 1)
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+        monkeypatch.setenv(name, value)
         first = run(folder, rows, "--out", "out", "--overwrite", "--max-steps", 1)
         capsys.readouterr()
         assert run(folder, rows, "--out", "out", "--overwrite", "--max-steps", 1) == first
