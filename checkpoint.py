@@ -109,6 +109,11 @@ def restarted(out: Path) -> bool:
     return same["torchrun"] and (now["torchrun"] != "none" or again["TORCHELASTIC"]) or same["slurm"] and again["SLURM"]
 
 
+def unfinished(cfg, out: Path) -> bool:
+    """Whether the folder holds this very run, without its model."""
+    return not (out / "model").is_dir() and not differing(cfg, settings(out))
+
+
 def claim(cfg) -> Path:
     """Create the run folder and its config.json, or take up an unfinished run; without --out, the next free runs/<recipe>-<n>.
 
@@ -118,7 +123,7 @@ def claim(cfg) -> Path:
     if cfg.out:
         out = Path(cfg.out)
         out.mkdir(parents=True, exist_ok=True)
-    elif earlier := [path for path in Path("runs").glob(f"{name}-*") if restarted(path) and not differing(cfg, settings(path))]:
+    elif earlier := [path for path in Path("runs").glob(f"{name}-*") if restarted(path) and unfinished(cfg, path)]:
         out = earlier[0]
     else:
         Path("runs").mkdir(exist_ok=True)
