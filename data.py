@@ -59,6 +59,23 @@ def fault(e: Exception) -> str:
     return f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)  # else too deep, or too long a number
 
 
+def text_of(path: Path) -> str:
+    """What a text file says, perhaps gzipped, with or without a byte-order mark; ValueError where it is damaged or not UTF-8."""
+    raw = path.read_bytes()
+    if raw[:2] == b"\x1f\x8b":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as e:
+            raise ValueError(f"{path}: not a whole gzip file ({e}); is the download complete?") from e
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = raw[: e.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path}:{line}: byte 0x{raw[e.start]:02x} is not UTF-8; convert the file, for example: iconv -f ENCODING -t utf-8"
+        ) from e
+
+
 def read_rows(path: str | Path) -> list[tuple[str, dict]]:
     """(where, row) for each object of a JSON array or of JSON lines, either one perhaps gzipped; `where` is "file:line".
 
@@ -68,19 +85,7 @@ def read_rows(path: str | Path) -> list[tuple[str, dict]]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; --data takes one JSON or JSONL file, each also .gz")
-    raw = path.read_bytes()
-    if raw[:2] == b"\x1f\x8b":
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as e:
-            raise ValueError(f"{path}: not a whole gzip file ({e}); is the download complete?") from e
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        line = raw[: e.start].count(b"\n") + 1
-        raise ValueError(
-            f"{path}:{line}: byte 0x{raw[e.start]:02x} is not UTF-8; convert the file, for example: iconv -f ENCODING -t utf-8"
-        ) from e
+    text = text_of(path)
     if text.lstrip().startswith("["):
         try:
             rows = [(f"{path}: item {i}", row) for i, row in enumerate(json.loads(text), 1)]

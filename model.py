@@ -12,7 +12,7 @@ stream runs in it; norms, rotary angles and softmax run in float32.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from inspect import signature
 from itertools import repeat
@@ -134,6 +134,7 @@ class Layout:
     ends: Tensor | None = None  # (documents + 1,) int32, their boundaries, for the variable-length kernel
     sequence: Tensor | None = None  # (B * T,) int64, the cache row of each position; None without a cache
     cache: tuple[Tensor, Tensor] | None = None  # keys and values of the layer at work, each (B, K, S, hd)
+    attention: Callable | None = None  # (q, k, v) -> y in place of all below: rows whose documents share a beginning (eval/tree.py)
 
     @classmethod
     def packed(cls, lengths: list[int], device=None) -> "Layout":
@@ -154,6 +155,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     The only place that knows documents, cache and device. A document's result is computed from its own rows alone, so
     what lies beside it in the packed row cannot change a bit of it.
     """
+    if layout.attention is not None:
+        return layout.attention(q, k, v)
     if layout.cache is not None:
         keys, values = layout.cache
         at = layout.sequence, slice(None), layout.positions.flatten()
@@ -305,7 +308,7 @@ class Llama(nn.Module):
         if self.cfg.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens: Tensor, layout: Layout, caches: tuple = ()) -> Tensor:
+    def forward(self, tokens: Tensor, layout: Layout, caches: Sequence = ()) -> Tensor:
         """Hidden states after the last norm, (B, T, D) in the compute dtype, of (B, T) int64 tokens; `caches` has one for each layer."""
         angles = layout.positions[..., None].float() * self.cfg.inv_freq(tokens.device)  # (B, T, hd/2)
         cos, sin = (f(angles)[:, None].to(self.compute_dtype) for f in (torch.cos, torch.sin))  # (B, 1, T, hd/2)
@@ -436,6 +439,7 @@ class Llama(nn.Module):
         top_p: float = 1.0,
         stop_ids: tuple[int, ...] = (),
         seed: int = 0,
+        ended: Callable[[list[int]], bool] | None = None,
     ) -> list[list[int]]:
         """Continue each prompt; returns the new tokens, without the stop token that ended them.
 
@@ -444,6 +448,7 @@ class Llama(nn.Module):
             temperature: 0 is greedy; otherwise the logits' divisor before sampling.
             top_p:       sample from the smallest set of tokens that holds this much probability.
             stop_ids:    tokens that end a sequence.
+            ended:       asked after each new token, with a sequence's new tokens so far; True ends it.
         """
         if not prompts or not all(prompts):
             raise ValueError("generate needs at least one prompt, each of at least one token (a BOS counts)")
@@ -451,31 +456,41 @@ class Llama(nn.Module):
             raise ValueError(f"temperature {temperature}, top_p {top_p}: expected temperature >= 0 and 0 < top_p <= 1")
         device, B, cfg = self.lm_head.weight.device, len(prompts), self.cfg
         lengths = torch.tensor([len(p) for p in prompts])  # (B,)
-        slots = int(lengths.max()) + max_new_tokens
-        if slots > cfg.max_position_embeddings:
+        longest = int(lengths.max())
+        if longest + max_new_tokens > cfg.max_position_embeddings:
             raise ValueError(
-                f"{int(lengths.max())} prompt and {max_new_tokens} new tokens exceed the model's {cfg.max_position_embeddings} positions"
+                f"{longest} prompt and {max_new_tokens} new tokens exceed the model's {cfg.max_position_embeddings} positions"
             )
-        shape = (B, cfg.num_key_value_heads, slots, cfg.head_dim)
-        caches = tuple(tuple(torch.zeros(shape, dtype=self.compute_dtype, device=device) for _ in range(2)) for _ in self.model.layers)
+        shape = (B, cfg.num_key_value_heads, longest + max_new_tokens, cfg.head_dim)
+        caches = [[torch.zeros(shape, dtype=self.compute_dtype, device=device) for _ in range(2)] for _ in self.model.layers]
         generator = torch.Generator(device).manual_seed(seed)
-        rows = torch.arange(B)
 
         # The prompts go through as one packed row, which fills the cache; then every sequence grows by a token at a time.
-        layout = replace(Layout.packed(lengths.tolist(), device), sequence=rows.repeat_interleave(lengths).to(device))
-        hidden = self(torch.tensor([sum(prompts, [])], device=device), layout, caches)[0, lengths.cumsum(0) - 1]  # (B, D)
-        rows, position = rows.to(device), lengths.to(device)
-        ended, new = torch.zeros(B, dtype=torch.bool, device=device), []
-        stops = torch.tensor(stop_ids, dtype=torch.int64, device=device)
-        for _ in range(max_new_tokens):
+        layout = replace(Layout.packed(lengths.tolist(), device), sequence=torch.arange(B).repeat_interleave(lengths).to(device))
+        hidden = self(torch.tensor([[t for p in prompts for t in p]], device=device), layout, caches)[0, lengths.cumsum(0) - 1]  # (B, D)
+        new, rows, position = [[] for _ in prompts], list(range(B)), lengths.to(device)  # rows: the prompt of each row of the cache
+        stops, done = set(stop_ids), set()
+        for n in range(1, max_new_tokens + 1):
             token = sample(self.lm_head(hidden).float(), temperature, top_p, generator)  # (B,)
-            ended |= torch.isin(token, stops)
-            new.append(torch.where(ended, -1, token))
-            if ended.all() or len(new) == max_new_tokens:
+            for row, t in zip(rows, token.tolist()):
+                if row in done:
+                    continue
+                if t not in stops:
+                    new[row].append(t)
+                if t in stops or (ended is not None and ended(new[row])):
+                    done.add(row)
+            if len(done) == B or n == max_new_tokens:
                 break
-            hidden = self(token[:, None], Layout(position[:, None], sequence=rows), caches)[:, 0]  # (B, D)
+            alive = [i for i, row in enumerate(rows) if row not in done]
+            if 2 * len(alive) <= len(rows):  # half of the rows write for nothing: leave them out
+                keep = torch.tensor(alive, device=device)
+                token, position, rows = token[keep], position[keep], [rows[i] for i in alive]
+                caches = [[x[keep] for x in cache] for cache in caches]
+            filled = [[x[:, :, : longest + n] for x in cache] for cache in caches]  # the slots that hold anything by now
+            sequence = torch.arange(len(rows), device=device)
+            hidden = self(token[:, None], Layout(position[:, None], sequence=sequence), filled)[:, 0]  # (B, D)
             position = position + 1
-        return [[t for t in row if t >= 0] for row in torch.stack(new, 1).tolist()] if new else [[] for _ in prompts]
+        return new
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,99 @@
+"""IFEval (Zhou et al. 2023): instructions that a program can check. The 25 checks are the lm-evaluation-harness's own."""
+
+import random
+from functools import cache
+from pathlib import Path
+
+from eval.generate import Prompt
+from eval.rows import Source
+from eval.score import Results, mean
+
+TRAIN = Source("ifeval", "input_data.jsonl", "google/IFEval", "ifeval_input_data.jsonl", rows=541)
+DRAWN = (1122, 1129)  # keys whose letter is "#" and "!": the harness draws another at random, so these have no settled result
+
+
+@cache
+def checks() -> dict:
+    """Instruction id -> the harness's checker, with what its libraries draw at random fixed."""
+    try:
+        import langdetect
+        import nltk
+    except ImportError as e:
+        raise ValueError('ifeval takes the lm-evaluation-harness; install it with: pip install -e ".[harness]"') from e
+    try:
+        nltk.data.find("tokenizers/punkt_tab/english")
+    except LookupError as e:
+        raise ValueError(
+            "ifeval counts sentences with NLTK's punkt_tab, which is not here: python -m nltk.downloader punkt_tab "
+            "(or set NLTK_DATA to the folder that holds tokenizers/punkt_tab)"
+        ) from e
+    langdetect.DetectorFactory.seed = 0
+    try:
+        from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
+    except ImportError as e:
+        raise ValueError(f'ifeval takes the lm-evaluation-harness ({e}); install it with: pip install -e ".[harness]"') from e
+    return INSTRUCTION_DICT
+
+
+def load(data: Path) -> list[Prompt]:
+    """Prompts as they are; whatever the model writes until its end token is the response."""
+    known, prompts = checks(), []
+    for i, row in enumerate(TRAIN.read(data)):
+        names, arguments = row.strings("instruction_id_list"), row.get("kwargs", list)
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"{row.where}: the harness has no check {unknown[0]!r}; it is known to fit lm-eval 0.4.13")
+        if len(names) != len(arguments) or not all(isinstance(a, dict) for a in arguments):
+            raise ValueError(f"{row.where}: {len(names)} instructions and {len(arguments)} kwargs, expected an object for each")
+        arguments = [{name: value for name, value in a.items() if value} for a in arguments]
+        for name, given in zip(names, arguments):
+            if missing := [a for a in known[name]("").get_instruction_args_keys() if a not in given]:
+                raise ValueError(f"{row.where}: {name} without {', '.join(missing)}; the harness would draw it at random")
+        prompts.append(Prompt("ifeval", i, row.get("prompt"), 1280, (), Instructions(row.get("prompt"), names, tuple(arguments))))
+    return prompts
+
+
+class Instructions:
+    """Which of a prompt's instructions a response follows, strictly and loosely."""
+
+    def __init__(self, prompt: str, names: tuple[str, ...], arguments: tuple[dict, ...]):
+        self.prompt, self.names, self.arguments = prompt, names, arguments
+
+    def __call__(self, response: str) -> dict:
+        strict = [self.holds(i, [response]) for i in range(len(self.names))]
+        loose = [self.holds(i, variants(response)) for i in range(len(self.names))]
+        return {
+            "prompt_level_strict_acc": float(all(strict)),
+            "inst_level_strict_acc": strict,
+            "prompt_level_loose_acc": float(all(loose)),
+            "inst_level_loose_acc": loose,
+        }
+
+    def holds(self, i: int, texts: list[str]) -> bool:
+        state = random.getstate()
+        random.seed(0)  # the checker of two prompts draws a letter (DRAWN); here it always draws the same
+        try:
+            check = checks()[self.names[i]](self.names[i])
+            check.build_description(**self.arguments[i])
+            if "prompt" in (check.get_instruction_args() or {}):
+                check.build_description(prompt=self.prompt)
+            return any(text.strip() and check.check_following(text) for text in texts)
+        finally:
+            random.setstate(state)
+
+
+def variants(response: str) -> list[str]:
+    """The response, without its first line, last line or both, and each of these without asterisks."""
+    lines = response.split("\n")
+    cut = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
+    return cut + [text.replace("*", "") for text in cut]
+
+
+def summarize(results: Results) -> dict:
+    """Shares of prompts with standard errors, and of instructions, pooled over prompts."""
+    (rows,) = results.values()
+    prompts = [{name: value for name, value in row.items() if name.startswith("prompt")} for row in rows]
+    followed = {}
+    for name in ("inst_level_strict_acc", "inst_level_loose_acc"):
+        held = [h for row in rows for h in row[name]]
+        followed[name] = sum(held) / len(held)
+    return mean(prompts) | followed | {"instructions": len(held)}

@@ -1,0 +1,24 @@
+"""MathQA (Amini et al. 2019): word problems with up to five answers; the answers are scored."""
+
+import re
+from pathlib import Path
+
+from eval.rows import Source
+from eval.score import Item
+
+TEST = Source("mathqa", "test.json", "regisss/math_qa", "**/*test*", rows=2_985)
+
+
+def choices(options: str) -> tuple[str, ...]:
+    """The answers in "a ) 38 , b ) 27.5 , …": each ends at its first comma, the fifth at the end of the string."""
+    return tuple(answer[4:].rstrip(" ,") for answer in re.findall(r"[abcd] \) .*?, |e \) .*?$", options))
+
+
+def load(data: Path) -> list[Item]:
+    items = []
+    for i, row in enumerate(TEST.read(data)):
+        answers, gold = choices(row.get("options")), row.index("correct", "abcde")
+        if not answers:
+            raise ValueError(f"{row.where}: no answers in options {row.get('options')!r:.60}; expected 'a ) 1 , b ) 2 , …'")
+        items.append(Item("mathqa", i, f"Question: {row.get('Problem')}\nAnswer:", answers, gold))  # a gold beyond them is never right
+    return items

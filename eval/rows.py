@@ -1,0 +1,103 @@
+"""A benchmark's rows: where they lie under `--data`, where on the Hub, how many there must be, and their fields, checked."""
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import read_rows, text_of
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a data file, whose fields are read by type; `where` names file and line in errors."""
+
+    where: str
+    fields: dict
+
+    def get(self, name: str, kind: type = str):
+        """A field of this type; ValueError where it is missing or another."""
+        value = self.fields.get(name)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            found = f"it is {value!r:.60}" if name in self.fields else f"the row has {', '.join(map(str, self.fields)) or 'nothing'}"
+            raise ValueError(f"{self.where}: expected {name} ({kind.__name__}), but {found}; is this the benchmark's own file?")
+        return value
+
+    def strings(self, name: str) -> tuple[str, ...]:
+        """A field that is a list of strings, at least one."""
+        values = self.get(name, list)
+        if not values or not all(isinstance(v, str) for v in values):
+            raise ValueError(f"{self.where}: expected {name} to be a list of strings, but it is {values!r:.60}")
+        return tuple(values)
+
+    def row(self, name: str) -> "Row":
+        """A field that is an object."""
+        return Row(f"{self.where}: {name}", self.get(name, dict))
+
+    def index(self, name: str, options: tuple[str, ...] | str) -> int:
+        """Where a field's value stands among the options."""
+        value = self.get(name).strip()
+        if value not in options or not value:
+            raise ValueError(f"{self.where}: {name} is {value!r}, expected one of {', '.join(options)}")
+        return options.index(value)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split of a benchmark: its file under `--data`, under the name it was released with or as the Hub has it."""
+
+    folder: str  # under --data
+    file: str  # as released; may be gzipped
+    repository: str  # on the Hub
+    pattern: str  # of its files there, which keep their paths under `folder`
+    rows: int  # of the whole split
+
+    def paths(self, data: Path) -> list[Path]:
+        """The files that hold the split, [] where there are none."""
+        folder = Path(data) / self.folder
+        for name in (self.file, f"{self.file}.gz"):
+            if (folder / name).is_file():
+                return [folder / name]
+        return sorted(path for path in folder.glob(self.pattern) if path.is_file())
+
+    def fetch(self, data: Path) -> str:
+        """The likeliest fix, for an error message."""
+        return f"fetch it with: python -m eval.download --tasks {self.folder} --to {data}"
+
+    def read(self, data: Path) -> list[Row]:
+        """Every row of the split, in the file's order.
+
+        Raises:
+            ValueError: no file, one that cannot be read, or another number of rows than the benchmark has.
+        """
+        if not Path(data).is_dir():
+            raise ValueError(f"{data}: no such folder; --data holds a folder for each benchmark; {self.fetch(data)}")
+        paths = self.paths(data)
+        if not paths:
+            raise ValueError(f"{Path(data) / self.folder}: no {self.file} (or .gz), nor the Hub's {self.pattern}; {self.fetch(data)}")
+        rows = [row for path in paths for row in read_file(path)]
+        if len(rows) != self.rows:
+            names = ", ".join(map(str, paths))
+            raise ValueError(f"{names}: {len(rows):,} rows, but the benchmark has {self.rows:,}; cut short? Move it away and {self.fetch(data)}")
+        return rows
+
+
+def read_file(path: Path) -> list[Row]:
+    """The rows of a JSON, JSONL, CSV (each perhaps gzipped) or parquet file."""
+    if path.suffix == ".parquet":
+        return [Row(f"{path}: row {i}", row) for i, row in enumerate(read_parquet(path), 1)]
+    if ".csv" in path.suffixes:
+        return [Row(f"{path}: row {i}", row) for i, row in enumerate(csv.DictReader(io.StringIO(text_of(path), newline="")), 1)]
+    return [Row(where, row) for where, row in read_rows(path)]
+
+
+def read_parquet(path: Path) -> list[dict]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as e:
+        raise ValueError(f'{path}: reading parquet takes pyarrow; install it with: pip install -e ".[parquet]"') from e
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as e:
+        raise ValueError(f"{path}: not a whole parquet file ({e}); fetch it again") from e
