@@ -69,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=int, metavar="N", help="the first N items of each task, in MMLU of each subject; for a try, not for a table")
     add("--bos", default="never", choices=BOS, help="a BOS before each prompt (default: never, as in the paper's tables)")
     add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of weights and activations (default: bfloat16)")
-    add("--batch-tokens", type=int, metavar="N", help="tokens in a packed row (default: 8,192 on a CPU, 65,536 on a GPU)")
+    add("--batch-tokens", type=int, metavar="N", help="tokens in a packed row (default: 4,096 on a CPU, 65,536 on a GPU)")
     add("--out", metavar="FILE.json", help="results (default: eval.json beside a run's model, else eval-NAME.json here)")
     add("--samples", metavar="FILE.jsonl", help="a line for each item: prompt, choices and log-likelihoods, or response; metrics")
     args = parser.parse_args(argv)
@@ -196,7 +196,7 @@ def save_samples(path: Path, items: list, scored: list[dict]) -> None:
             f.write(json.dumps(asked | row, ensure_ascii=False) + "\n")
 
 
-HEAD = f"{'task':<16}{'items':>7}   {'scores, % (± standard error)':<62}{'seconds':>9}{'items/s':>9}"
+HEAD = f"{'task':<16}{'items':>7}   {'scores, % (± standard error)':<76}{'seconds':>9}{'items/s':>9}"
 
 
 def line(name: str, n: int, summary: dict, seconds: float) -> str:
@@ -210,7 +210,9 @@ def line(name: str, n: int, summary: dict, seconds: float) -> str:
             error = flat.get(f"{key}_stderr")
             label = key.removesuffix(" acc").removesuffix("_acc").replace("_level", "")
             scores.append(f"{label} {100 * value:.2f}" + ("" if error is None else f" ± {100 * error:.2f}"))
-    return f"{name:<16}{n:>7,}   {', '.join(scores):<62}{seconds:>9.1f}{n / seconds:>9.1f}"
+    if "categories" in summary:
+        scores += [f"{key} {100 * part['acc']:.2f}" for key, part in summary["categories"].items() if part["n"]]
+    return f"{name:<16}{n:>7,}   {', '.join(scores):<76}{seconds:>9.1f}{n / seconds:>9.1f}"
 
 
 def main() -> None:
