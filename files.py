@@ -22,12 +22,15 @@ def resolve(name: str | Path) -> Path:
     return folder
 
 
-def download(repository: str, patterns: list[str], flags: str, repo_type: str = "model") -> Path:
-    """The local copy of a Hub repository's files that match `patterns`; `flags` is what `hf download` needs besides the name."""
+def download(repository: str, patterns: list[str], flags: str, repo_type: str = "model", into: Path | None = None) -> Path:
+    """The local copy of a Hub repository's files that match `patterns`, in the Hub's cache or `into` a folder.
+
+    `flags` is what `hf download` needs besides the name, for the message when the Hub gives nothing.
+    """
     from huggingface_hub import snapshot_download  # comes with tokenizers
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=patterns, repo_type=repo_type))
+        return Path(snapshot_download(repository, allow_patterns=patterns, repo_type=repo_type, local_dir=into))
     except Exception as e:  # the Hub's client raises many kinds: no network, gated, not found
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         gated = "\nIt is gated: accept its terms on its page of the Hub with your account, then `hf auth login`"

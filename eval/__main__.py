@@ -9,9 +9,6 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,37 +18,12 @@ import torch
 from cache import content
 from checkpoint import World, git_commit
 from data import Tokenizer
-from eval import arc_challenge, hellaswag, ifeval, mathqa, mmlu, openbookqa, truthfulqa
-from eval.generate import Prompt, end_tokens, write
-from eval.score import BOS, Encoder, Item, Results, by_task, mean, score
+from eval.benchmarks import BENCHMARKS, task_names
+from eval.generate import end_tokens, write
+from eval.score import BOS, Encoder, Item, by_task, score
 from files import read_json, resolve, write_json
 from model import DTYPES, Llama, LlamaConfig
 
-
-def single(results: Results) -> dict:
-    (rows,) = results.values()
-    return mean(rows)
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What `--tasks` names: its items from the data folder, and what its items' metrics come to."""
-
-    load: Callable[[Path], list[Item] | list[Prompt]]
-    summarize: Callable[[Results], dict] = single
-
-
-BENCHMARKS = {
-    "mmlu": Benchmark(partial(mmlu.load, shots=0), mmlu.summarize),
-    "mmlu_5shot": Benchmark(partial(mmlu.load, shots=5), mmlu.summarize),
-    "mathqa": Benchmark(mathqa.load),
-    "arc_challenge": Benchmark(arc_challenge.load),
-    "openbookqa": Benchmark(openbookqa.load),
-    "hellaswag": Benchmark(hellaswag.load),
-    "truthfulqa_mc": Benchmark(truthfulqa.load_choice, truthfulqa.summarize_choice),
-    "truthfulqa_gen": Benchmark(truthfulqa.load_answers),
-    "ifeval": Benchmark(ifeval.load, ifeval.summarize),
-}
 LIBRARIES = ("torch", "tokenizers", "numpy", "sacrebleu", "rouge-score", "lm-eval", "nltk", "langdetect")
 
 
@@ -78,18 +50,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
     return args
-
-
-def task_names(given: str) -> list[str]:
-    """The tasks in "a,b", each once; "all" is every one."""
-    names = list(BENCHMARKS) if given == "all" else list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
-    for name in names:
-        if name not in BENCHMARKS:
-            near = get_close_matches(name, BENCHMARKS, 3, 0.3) or list(BENCHMARKS)
-            raise ValueError(f"--tasks {name}: no such task; nearest: {', '.join(near)}")
-    if not names:
-        raise ValueError(f"--tasks {given!r}: names no task; choose from {', '.join(BENCHMARKS)}")
-    return names
 
 
 def first(items: list, limit: int | None) -> list:
@@ -137,8 +97,7 @@ def evaluate(args: argparse.Namespace, world: World) -> Path:
     folder = world.before_others("model", lambda: resolve(args.model))
     cfg = LlamaConfig.from_folder(folder)
     tokenizer = Tokenizer(folder, cfg.vocab_size)
-    generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
-    stop_ids = end_tokens(generation, tokenizer)
+    stop_ids = end_tokens(folder, tokenizer)
 
     out = Path(args.out) if args.out else default_out(args.model)
     about = {

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
+from data import Tokenizer
 from eval.score import Encoder
+from files import read_json
 from model import Llama
 
 
@@ -84,15 +86,26 @@ def stopped(tokens: list[int], stops: tuple[str, ...], decode: Callable[[list[in
     return any(stop in recent for stop in stops) and any(stop in decode(tokens) for stop in stops)
 
 
-def end_tokens(generation_config: dict, tokenizer) -> tuple[int, ...]:
-    """The tokens that end a text: generation_config.json's, else the tokenizer's."""
-    named = generation_config.get("eos_token_id")
+def end_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end a text: those of the folder's generation_config.json, else the tokenizer's.
+
+    Raises:
+        ValueError: the file asks for what changes greedy decoding, which the harness would heed.
+    """
+    path = folder / "generation_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    for name, neutral in (("repetition_penalty", 1.0), ("no_repeat_ngram_size", 0), ("num_beams", 1)):
+        if settings.get(name) not in (None, neutral):
+            raise ValueError(f"{path}: {name} is {settings[name]}, and generation here is plain greedy; take it out to score without it")
+    named = settings.get("eos_token_id")
     return tuple(named) if isinstance(named, list) else (tokenizer.end if named is None else named,)
 
 
 def write(model: Llama, encoder: Encoder, prompts: list[Prompt], stop_ids: tuple[int, ...], world=None) -> list[dict]:
     """What each item gives: the response and its metrics (rank 0; the others judge nothing)."""
-    texts = respond(model, encoder, [(p.text, p.max_new_tokens, p.stops) for p in prompts], stop_ids, world, name=f"writing {prompts[0].task}")
+    texts = respond(
+        model, encoder, [(p.text, p.max_new_tokens, p.stops) for p in prompts], stop_ids, world, name=f"writing {prompts[0].task}"
+    )
     if world is not None and world.rank:
         return []
     return [{"response": text, "metrics": prompt.judge(text)} for prompt, text in zip(prompts, texts)]

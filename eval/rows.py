@@ -7,6 +7,8 @@ from pathlib import Path
 
 from data import read_rows, text_of
 
+READ = (".parquet", ".json", ".jsonl", ".csv")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -58,11 +60,12 @@ class Source:
         for name in (self.file, f"{self.file}.gz"):
             if (folder / name).is_file():
                 return [folder / name]
-        return sorted(path for path in folder.glob(self.pattern) if path.is_file())
+        return sorted(path for path in folder.glob(self.pattern) if path.is_file() and path.name.removesuffix(".gz").endswith(READ))
 
     def fetch(self, data: Path) -> str:
         """The likeliest fix, for an error message."""
-        return f"fetch it with: python -m eval.download --tasks {self.folder} --to {data}"
+        tasks = "truthfulqa_mc,truthfulqa_gen" if self.folder == "truthfulqa" else self.folder
+        return f"fetch it with: python -m eval.download --tasks {tasks} --to {data}"
 
     def read(self, data: Path) -> list[Row]:
         """Every row of the split, in the file's order.
@@ -78,7 +81,9 @@ class Source:
         rows = [row for path in paths for row in read_file(path)]
         if len(rows) != self.rows:
             names = ", ".join(map(str, paths))
-            raise ValueError(f"{names}: {len(rows):,} rows, but the benchmark has {self.rows:,}; cut short? Move it away and {self.fetch(data)}")
+            raise ValueError(
+                f"{names}: {len(rows):,} rows, but the benchmark has {self.rows:,}; cut short? Move it away and {self.fetch(data)}"
+            )
         return rows
 
 

@@ -8,7 +8,7 @@ The definitions are the lm-evaluation-harness's; so are the names.
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Tokenizer
-from eval.tree import tree_layout
+from eval.tree import Tree
 from model import Llama
 
 BOS = ("never", "auto", "always")
@@ -134,16 +134,18 @@ def unpacked(context: bytes) -> np.ndarray:
 
 @dataclass
 class Row:
-    """A packed row, as it grows: its tokens by segment, and which of its positions score what."""
+    """A packed row, as it grows: its tokens by segment, and which of its places score what."""
 
-    tokens: list[np.ndarray]
-    parents: list[int]
-    at: list[int]  # the hidden state that predicts
-    targets: list[int]  # the token that it should
-    owners: list[int]  # for which request
-    size: int = 0
+    tokens: list[np.ndarray] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    at: list[int] = field(default_factory=list)  # the hidden state that predicts
+    targets: list[int] = field(default_factory=list)  # the token that it should
+    owners: list[int] = field(default_factory=list)  # for which request
+    size: int = 0  # tokens in the row
+    goes_on: bool = False  # segment 0 is the last row's `keep`: remembered, not in the row
+    keep: int | None = None  # the segment that the next row goes on from
 
-    def add(self, tokens: np.ndarray | list[int], parent: int) -> int:
+    def add(self, tokens: np.ndarray | tuple[int, ...], parent: int) -> int:
         self.tokens.append(np.asarray(tokens, np.int64))
         self.parents.append(parent)
         self.size += len(tokens)
@@ -153,6 +155,13 @@ class Row:
         self.at += [at] * len(owners)
         self.targets += [target] * len(owners)
         self.owners += owners
+
+    def next(self, header: int | None) -> "Row":
+        """The row after this one, going on from the header in this one's segment `header`."""
+        if header is None:
+            return Row()
+        self.keep = header
+        return Row([self.tokens[header]], [-1], goes_on=True)
 
 
 Question = tuple[bytes, dict[tuple[int, ...], list[int]]]  # a context, and which requests ask for each continuation
@@ -196,21 +205,25 @@ def families(found: list[Question]) -> Iterator[tuple[int, list[Question]]]:
         yield header, family
 
 
-def rows(pairs: list[Pair], window: int, max_tokens: int) -> list[Row]:
-    """Packed rows of at most `max_tokens` tokens (but for a single longer question), the longest sequences first."""
-    out = [Row([], [], [], [], [])]
+def cost(question: Question) -> int:
+    """Tokens that the model reads for it."""
+    return len(question[0]) // 4 + sum(len(continuation) - 1 for continuation in question[1])
 
-    def cost(question) -> int:
-        return len(question[0]) // 4 + sum(len(continuation) - 1 for continuation in question[1])
 
+def rows(pairs: list[Pair], window: int, max_tokens: int, rank: int = 0, ranks: int = 1) -> list[Row]:
+    """This rank's packed rows, of at most `max_tokens` tokens (but for a single longer question); the longest questions first."""
     groups = [(header, sorted(family, key=cost, reverse=True)) for header, family in families(questions(pairs, window))]
+    out, n = [Row()], 0
     for header, family in sorted(groups, key=lambda group: cost(group[1][0]), reverse=True):
         above = None  # the header's segment in this row
         for question in family:
+            n += 1
+            if n % ranks != rank:
+                continue
             context = unpacked(question[0])
             if out[-1].size and out[-1].size + cost(question) - (header if above is not None else 0) > max_tokens:
-                out.append(Row([], [], [], [], []))
-                above = None
+                out.append(out[-1].next(above))
+                above = None if above is None else 0
             row = out[-1]
             if header and above is None:
                 above = row.add(context[:header], -1)
@@ -257,14 +270,17 @@ def log_likelihoods(
     """
     device = model.lm_head.weight.device
     max_tokens = max_tokens or (4_096 if device.type == "cpu" else 65_536)
-    plan = rows(pairs, model.cfg.max_position_embeddings, max_tokens)
-    mine = plan if world is None else plan[world.rank :: world.size]
+    rank, ranks = (0, 1) if world is None else (world.rank, world.size)
+    plan = rows(pairs, model.cfg.max_position_embeddings, max_tokens, rank, ranks)
     score = torch.zeros(len(pairs), dtype=torch.float64)
     wrong = torch.zeros(len(pairs), dtype=torch.float64)  # tokens that greedy decoding would not write
-    with tqdm(total=sum(len(set(row.owners)) for row in mine), desc=name, unit="choice", disable=None, leave=False) as bar:
-        for row in mine:
-            layout = tree_layout([len(tokens) for tokens in row.tokens], row.parents, device)
-            hidden = model(torch.from_numpy(np.concatenate(row.tokens))[None].to(device), layout)[0]  # (T, D)
+    memory = None
+    with tqdm(total=sum(len(set(row.owners)) for row in plan), desc=name, unit="choice", disable=None, leave=False) as bar:
+        for row in plan:
+            tree = Tree([len(tokens) for tokens in row.tokens], row.parents, memory if row.goes_on else None, row.keep)
+            tokens = torch.from_numpy(np.concatenate(row.tokens[row.goes_on :]))[None].to(device)  # (1, T)
+            hidden = model(tokens, tree.layout(device))[0]  # (T, D)
+            memory = tree.kept
             owners = torch.tensor(row.owners)
             log_p, greedy = predict(hidden, model.lm_head.weight, row.at, row.targets)
             score.index_add_(0, owners, log_p.double().cpu())
@@ -311,7 +327,9 @@ def matmul(x: Tensor, head: Tensor) -> Tensor:
     return torch.mm(x, head.T, out_dtype=torch.float32)
 
 
-def score(model: Llama, encoder: Encoder, items: list[Item], max_tokens: int | None = None, world=None, name: str = "scoring") -> list[dict]:
+def score(
+    model: Llama, encoder: Encoder, items: list[Item], max_tokens: int | None = None, world=None, name: str = "scoring"
+) -> list[dict]:
     """What each item gives: the choices' log-likelihoods, whether each is the greedy one, and the metrics."""
     values, greedy = log_likelihoods(model, encoder.item_pairs(items), max_tokens, world, name)
     out, begin = [], 0

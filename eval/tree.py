@@ -1,4 +1,4 @@
-"""Sequences that begin alike, as one packed row in which what they share stands, and is computed, once.
+"""Sequences that begin alike, as packed rows in which what they share stands, and is computed, once.
 
     header ─┬─ question ─┬─ choice      the row:   header │ question │ choice │ choice │ question │ choice │ …
             │            └─ choice
@@ -6,13 +6,14 @@
 
 A segment goes on where its parent ends and sees everything above it. Segments stand depth first, so a segment and all that goes
 on from it are one stretch of the row: token i sees token j exactly where j <= i < end of the stretch that j's segment begins.
+A header whose questions fill several rows is computed in the first; the others find its keys and values remembered.
 
-T tokens of the row, H query heads, K key/value heads, hd head width.
+T tokens of the row, P of a remembered header, H query heads, K key/value heads, hd head width.
 """
 
-from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -21,132 +22,135 @@ from torch import Tensor
 from model import Layout
 
 SMALL = 512  # tokens up to which a stretch is one call under a mask; beyond, the mask's empty half costs more than calls do
+Memory = list[tuple[Tensor, Tensor]]  # a header's keys and values, (1, K, P, hd) each, layer by layer
 
 
-def tree_layout(lengths: list[int], parents: list[int], device=None) -> Layout:
-    """The layout of a packed row of segments, depth first; `parents[s]` is the segment that s goes on from, or -1."""
-    tree = Tree(tuple(lengths), tuple(parents))
-    begin = [0] * len(lengths)  # the position of each segment's first token in its sequence
-    for s, parent in enumerate(parents):
-        begin[s] = begin[parent] + lengths[parent] if parent >= 0 else 0
-    count = torch.tensor(lengths)
-    within = torch.arange(int(count.sum())) - (count.cumsum(0) - count).repeat_interleave(count)  # (T,)
-    positions = within + torch.tensor(begin).repeat_interleave(count)  # (T,)
-    return Layout(positions[None].to(device), attention=tree.attend)
-
-
-@dataclass(frozen=True)
 class Tree:
-    """Who sees whom in a packed row of segments."""
+    """Who sees whom in a packed row.
 
-    lengths: tuple[int, ...]
-    parents: tuple[int, ...]
+    Args:
+        lengths: tokens of each segment, depth first.
+        parents: the segment that each goes on from, or -1.
+        memory: the keys and values of segment 0, which then is not in the row.
+        keep: a segment whose keys and values are wanted for the rows that follow; they are left in `kept`.
 
-    @cached_property
-    def starts(self) -> list[int]:
-        """Where each segment begins in the row, and where the last one ends."""
-        starts = [0]
-        for length in self.lengths:
-            starts.append(starts[-1] + length)
-        return starts
+    One tree serves one forward: `attend` is called by each layer in turn.
+    """
 
-    @cached_property
-    def ends(self) -> list[int]:
-        """Where the stretch of each segment and all that goes on from it ends."""
-        ends = self.starts[1:]
-        for s in range(len(ends) - 1, -1, -1):
-            if (parent := self.parents[s]) >= 0:
-                ends[parent] = max(ends[parent], ends[s])
-        return ends
+    def __init__(self, lengths: list[int], parents: list[int], memory: Memory | None = None, keep: int | None = None):
+        self.lengths, self.parents, self.memory, self.keep = lengths, parents, memory, keep
+        self.kept: Memory = []
+        self.layer = 0
+        self.starts = [0, *accumulate(lengths)]  # where each segment begins, and where the last one ends, counted over keys
+        self.ends = self.starts[1:]  # where the stretch of each segment and all that goes on from it ends
+        for s in range(len(lengths) - 1, -1, -1):
+            if parents[s] >= 0:
+                self.ends[parents[s]] = max(self.ends[parents[s]], self.ends[s])
+        self.first = 0 if memory is None else 1  # the first segment in the row
+        self.past = self.starts[self.first]  # keys that come before the row's own
+
+    def layout(self, device=None) -> Layout:
+        """What the model needs: the row's positions, each segment's after its parent's, and how it attends."""
+        begin = []
+        for parent in self.parents:
+            begin.append(begin[parent] + self.lengths[parent] if parent >= 0 else 0)
+        count = torch.tensor(self.lengths)
+        within = torch.arange(self.starts[-1]) - torch.tensor(self.starts[:-1]).repeat_interleave(count)
+        positions = within + torch.tensor(begin).repeat_interleave(count)
+        return Layout(positions[None, self.past :].to(device), attention=self.attend)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(1, H, T, hd) queries, (1, K, T, hd) keys and values -> (1, H, T, hd)."""
+        if self.memory is not None:
+            k, v = (torch.cat(both, 2) for both in zip(self.memory[self.layer], (k, v)))  # (1, K, P + T, hd)
+        self.layer += 1
+        if self.keep is not None:
+            here = slice(self.starts[self.keep], self.starts[self.keep + 1])
+            self.kept.append((k[:, :, here].clone(), v[:, :, here].clone()))
         if q.is_cuda and q.dtype != torch.float32:
             from torch.nn.attention.varlen import varlen_attn
 
-            return self.in_levels(q, k, v, varlen_attn)
+            return self.by_levels(q, k, v, varlen_attn)
         if q.is_cuda:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (1, H, T, hd)
-        return self.in_stretches(q, k, v)
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (1, H, P + T, hd)
+        return self.by_masks(q, k, v)
 
-    # By masks: for a CPU, and for float32.
+    # By masks: on a CPU, and in float32.
+
+    def by_masks(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y, grouped = torch.empty_like(q), k.shape[1] != q.shape[1]
+        for above, start, stop, mask in self.pieces:
+            seen = [*above, (start, stop)]
+            keys, values = (torch.cat([x[:, :, a:b] for a, b in seen], 2) if above else x[:, :, start:stop] for x in (k, v))
+            mask = None if mask is None else mask.to(q.device)
+            rows = slice(start - self.past, stop - self.past)
+            y[:, :, rows] = F.scaled_dot_product_attention(
+                q[:, :, rows], keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+            )
+        return y
 
     @cached_property
-    def stretches(self) -> list[tuple[list[tuple[int, int]], int, int, Tensor | None]]:
-        """The row cut into pieces that attend by themselves: (what stands above, start, stop, mask over above and piece)."""
-        pieces, above = [], {-1: []}
-        s = 0
+    def pieces(self) -> list[tuple[list[tuple[int, int]], int, int, Tensor | None]]:
+        """The row cut into stretches that attend by themselves: (what stands above, start, stop, mask)."""
+        out, above, s = [], {-1: [], 0: [(0, self.past)]}, self.first
         while s < len(self.lengths):
-            over, start, stop = above[self.parents[s]], self.starts[s], self.ends[s]
-            if stop - start > SMALL:  # this segment alone; those that go on from it follow as pieces of their own
-                above[s] = over + [(start, self.starts[s + 1])]
+            over, first, start, stop = above[self.parents[s]], s, self.starts[s], self.ends[s]
+            if stop - start > SMALL:  # the segment alone; those that go on from it follow as pieces of their own
                 stop = self.starts[s + 1]
-            first = s
+                above[s] = [*over, (start, stop)]
             while s < len(self.lengths) and self.starts[s] < stop:
                 s += 1
-            pieces.append((over, start, stop, self.mask(first, s, sum(b - a for a, b in over))))
-        return pieces
+            out.append((over, start, stop, self.mask(first, s, sum(b - a for a, b in over))))
+        return out
 
     def mask(self, first: int, last: int, above: int) -> Tensor | None:
-        """(T', above + T') bool for the segments first … last - 1: all of what stands above, then j <= i < end of j's stretch."""
+        """(T', above + T') bool for the segments first … last - 1: all that stands above, then j <= i < end of j's stretch."""
         if last - first == 1 and not above:
             return None
         count = torch.tensor(self.lengths[first:last])
-        token = torch.arange(int(count.sum())) + self.starts[first]  # (T',)
+        token = torch.arange(self.starts[first], self.starts[last])  # (T',)
         end = torch.tensor(self.ends[first:last]).repeat_interleave(count)  # (T',)
         own = (token <= token[:, None]) & (token[:, None] < end)  # (T', T')
         return torch.cat([torch.ones(len(token), above, dtype=torch.bool), own], 1)
 
-    def in_stretches(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y, grouped = torch.empty_like(q), k.shape[1] != q.shape[1]
-        for over, start, stop, mask in self.stretches:
-            keys, values = (torch.cat([x[:, :, a:b] for a, b in [*over, (start, stop)]], 2) if over else x[:, :, start:stop] for x in (k, v))
-            mask = None if mask is None else mask.to(q.device)
-            y[:, :, start:stop] = F.scaled_dot_product_attention(
-                q[:, :, start:stop], keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
-            )
-        return y
+    # By the variable-length kernel: on a GPU.
 
-    # By the variable-length kernel: for a GPU.
-
-    @cached_property
-    def levels(self) -> list[tuple[list[int], list[int]]]:
-        """For each depth, the segments that others go on from, and nothing of those that end there: (segments of the depth with children)."""
-        depth = []
-        for parent in self.parents:
-            depth.append(depth[parent] + 1 if parent >= 0 else 0)
-        inner = [s for s in range(len(depth)) if self.ends[s] > self.starts[s + 1]]
-        return [[s for s in inner if depth[s] == d] for d in sorted({depth[s] for s in inner})]
-
-    @cached_property
-    def spans(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor, int, int]]:
-        """For each level: the rows that ask and the rows they see, (T',) each, the bounds of both by segment, the longest of each."""
-        out = []
-        for level in self.levels:
-            asked = [(self.starts[s], self.starts[s + 1]) for s in level]
-            asking = [(self.starts[s + 1], self.ends[s]) for s in level]
-            rows = [torch.cat([torch.arange(a, b) for a, b in pairs]) for pairs in (asking, asked)]
-            bounds = [F.pad(torch.tensor([b - a for a, b in pairs]).cumsum(0), (1, 0)).int() for pairs in (asking, asked)]
-            out.append((*rows, *bounds, *(max(b - a for a, b in pairs) for pairs in (asking, asked))))
-        return out
-
-    def in_levels(self, q: Tensor, k: Tensor, v: Tensor, varlen) -> Tensor:
-        """Each segment over itself, then over what stands above it, one level at a time; the parts are joined by their log-sum-exp."""
+    def by_levels(self, q: Tensor, k: Tensor, v: Tensor, varlen) -> Tensor:
+        """Each segment over itself, then over what stands above it, a level at a time; the parts are joined by their log-sum-exp."""
         from torch.nn.attention.varlen import AuxRequest
 
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, H or K, hd)
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T or P + T, H or K, hd)
         extra = {"return_aux": AuxRequest(lse=True)} | ({"enable_gqa": True} if "enable_gqa" in signature(varlen).parameters else {})
-        ends, longest = torch.tensor(self.starts, dtype=torch.int32, device=q.device), max(self.lengths)
-        y, lse = varlen(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), **extra)
+        ends = torch.tensor(self.starts[self.first :], dtype=torch.int32, device=q.device) - self.past
+        longest = max(self.lengths[self.first :])
+        y, lse = varlen(q, k[self.past :], v[self.past :], ends, ends, longest, longest, window_size=(-1, 0), **extra)
         y, lse = y.float(), by_token(lse, y)
-        for asking, asked, *bounds in self.spans:
-            asking, asked, q_ends, k_ends = (x.to(q.device) for x in (asking, asked, *bounds[:2]))
-            z, z_lse = varlen(q[asking], k[asked], v[asked], q_ends, k_ends, *bounds[2:], window_size=(-1, -1), **extra)
+        for asking, asked, q_ends, k_ends, longest_q, longest_k in self.levels:
+            asking, asked, q_ends, k_ends = (x.to(q.device) for x in (asking, asked, q_ends, k_ends))
+            z, z_lse = varlen(q[asking], k[asked], v[asked], q_ends, k_ends, longest_q, longest_k, window_size=(-1, -1), **extra)
             z_lse = by_token(z_lse, z)
             both = torch.logaddexp(lse[asking], z_lse)  # (T', H)
             y[asking] = y[asking] * (lse[asking] - both).exp()[..., None] + z.float() * (z_lse - both).exp()[..., None]
             lse[asking] = both
         return y.to(q.dtype).transpose(0, 1)[None]
+
+    @cached_property
+    def levels(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor, int, int]]:
+        """For each depth, over its segments that others go on from: the rows that ask and the keys they ask, (T',) each, the bounds
+        of both by segment, and the longest of each."""
+        depth = []
+        for parent in self.parents:
+            depth.append(depth[parent] + 1 if parent >= 0 else 0)
+        inner = [s for s in range(len(depth)) if self.ends[s] > self.starts[s + 1]]
+        out = []
+        for d in sorted({depth[s] for s in inner}):
+            level = [s for s in inner if depth[s] == d]
+            asking = [(self.starts[s + 1] - self.past, self.ends[s] - self.past) for s in level]
+            asked = [(self.starts[s], self.starts[s + 1]) for s in level]
+            rows = [torch.cat([torch.arange(a, b) for a, b in spans]) for spans in (asking, asked)]
+            bounds = [F.pad(torch.tensor([b - a for a, b in spans]).cumsum(0), (1, 0)).int() for spans in (asking, asked)]
+            out.append((*rows, *bounds, *(max(b - a for a, b in spans) for spans in (asking, asked))))
+        return out
 
 
 def by_token(lse: Tensor, y: Tensor) -> Tensor:

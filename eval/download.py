@@ -1,0 +1,60 @@
+"""Fetch the benchmarks' files from the Hub: `python -m eval.download --to benchmarks`. Run again, it fetches what is missing."""
+
+import argparse
+import sys
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+from eval.benchmarks import BENCHMARKS, task_names
+from eval.rows import Source
+from files import download
+
+
+def fetch(source: Source, to: Path) -> str:
+    """One split, here when this returns, with as many rows as it must have; what to say of it.
+
+    Raises:
+        ValueError: the Hub did not give it (with what to do by hand), or gave another number of rows.
+    """
+    into = to / source.folder
+    known = "already here" if source.paths(to) else "fetched"
+    if not source.paths(to):
+        if source.pattern.endswith(".parquet") and find_spec("pyarrow") is None:
+            raise ValueError(f'{source.repository}: its files are parquet; to read them: pip install -e ".[parquet]"')
+        pattern = source.pattern.removeprefix("**/")
+        download(source.repository, [pattern], f'--repo-type dataset --include "{pattern}" --local-dir {into}', "dataset", into)
+        if not source.paths(to):
+            raise ValueError(
+                f"{source.repository}: the Hub has no file like {pattern} there any more; put the released {source.file} into {into}"
+            )
+    rows = source.read(to)
+    return f"{source.folder:<14}{len(rows):>7,} rows {known}: {', '.join(map(str, source.paths(to)))}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.download",
+        description="Fetch the benchmarks' test sets from the Hub into a folder that `python -m eval --data` reads.",
+        allow_abbrev=False,
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=26, width=110),
+    )
+    parser.add_argument("--tasks", default="all", metavar="A,B", help=f"of {', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument("--to", default="benchmarks", metavar="PATH", help="the folder to fill (default: benchmarks)")
+    args = parser.parse_args(argv)
+    missed = []
+    try:
+        names = task_names(args.tasks)
+    except ValueError as e:
+        sys.exit(f"error: {e}")
+    for source in dict.fromkeys(source for name in names for source in BENCHMARKS[name].sources):
+        try:
+            print(fetch(source, Path(args.to)), flush=True)
+        except (ValueError, OSError) as e:
+            missed.append(str(e))
+    if missed:
+        sys.exit("error: " + "\n".join(missed))
+
+
+if __name__ == "__main__":
+    main()

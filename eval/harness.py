@@ -1,0 +1,109 @@
+"""A model folder as an lm-evaluation-harness `LM`, so that any of its tasks runs on our model and our scorer.
+
+    python -m eval.harness --model OUT/model --tasks lambada_openai,gsm8k
+
+Needs the extra `harness`. The harness fetches its tasks' data itself.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from data import Tokenizer
+from eval.generate import end_tokens, respond
+from eval.score import BOS, Encoder, log_likelihoods, packed
+from files import resolve, write_json
+from model import DTYPES, Llama, LlamaConfig
+
+try:
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
+except ImportError as e:
+    sys.exit(f'error: eval.harness needs the lm-evaluation-harness ({e}); install it with: pip install -e ".[harness]"')
+
+
+class SFTGO(LM):
+    """Our Llama and our scorer behind the harness's three questions."""
+
+    def __init__(self, model: str | Path, bos: str = "never", dtype: str = "bfloat16", batch_tokens: int | None = None, device=None):
+        super().__init__()
+        folder = resolve(model)
+        cfg = LlamaConfig.from_folder(folder)
+        self.encoder = Encoder(Tokenizer(folder, cfg.vocab_size), bos)
+        self.stop_ids = end_tokens(folder, self.encoder.tokenizer)
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = Llama.from_pretrained(folder, DTYPES[dtype], DTYPES[dtype], self._device)
+        self.batch_tokens = batch_tokens
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        values, greedy = log_likelihoods(self.model, list(self.encoder.pairs([r.args for r in requests])), self.batch_tokens)
+        return list(zip(values.tolist(), greedy.tolist()))
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Every token of a text predicted once, in windows as the harness cuts them."""
+        windows, owner = [], []
+        for i, ids in enumerate(self.encoder([r.args[0] for r in requests])):
+            cut = get_rolling_token_windows(ids, self.encoder.tokenizer.bos, self.model.cfg.max_position_embeddings, 1)
+            found = [make_disjoint_window(window) for window in cut]
+            windows += [(packed(context), continuation) for context, continuation in found]
+            owner += [i] * len(found)
+        values, _ = log_likelihoods(self.model, windows, self.batch_tokens)
+        totals = [0.0] * len(requests)
+        for i, value in zip(owner, values.tolist()):
+            totals[i] += value
+        return totals
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Greedy only; ValueError where a task asks for samples."""
+        prompts = []
+        for request in requests:
+            text, how = request.args
+            if how.get("do_sample") or (how.get("temperature") or 0) > 0:
+                raise ValueError(f"{request.task_name}: asks for sampling ({how}), and generation here is greedy")
+            until = how.get("until") or []
+            most = next((how[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if how.get(name)), 256)
+            prompts.append((text, most, tuple([until] if isinstance(until, str) else until)))
+        return respond(self.model, self.encoder, prompts, self.stop_ids)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.harness",
+        description="Run tasks of the lm-evaluation-harness on a model folder, with this project's model and scorer.",
+        allow_abbrev=False,
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=26, width=110),
+    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="PATH", help="folder in the published layout, OUT/model of a run for one, or a Hub name")
+    add("--tasks", required=True, metavar="A,B", help="the harness's names")
+    add("--include-path", metavar="PATH", help="folder with task files of your own")
+    add("--num-fewshot", type=int, metavar="N", help="examples in each prompt (default: the task's)")
+    add("--limit", type=int, metavar="N", help="the first N items of each task")
+    add("--bos", default="never", choices=BOS, help="a BOS before each prompt (default: never)")
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of weights and activations (default: bfloat16)")
+    add("--out", metavar="FILE.json", help="where to write the harness's results")
+    args = parser.parse_args(argv)
+    try:
+        manager = TaskManager(include_path=args.include_path)
+        names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+        if unknown := [name for name in names if name not in manager.all_tasks]:
+            raise ValueError(f"--tasks {unknown[0]}: the harness has no such task; `lm-eval ls tasks` lists them")
+        if args.out and Path(args.out).exists():
+            raise ValueError(f"{args.out}: exists; choose another --out, or move it away")
+        model = SFTGO(args.model, args.bos, args.dtype)
+        found = simple_evaluate(model, tasks=names, num_fewshot=args.num_fewshot, limit=args.limit, task_manager=manager, log_samples=False)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    print(make_table(found))
+    if args.out:
+        kept = {name: found[name] for name in ("results", "groups", "versions", "n-shot", "n-samples") if name in found}
+        write_json(Path(args.out), {"model": args.model, "bos": args.bos, "dtype": args.dtype, **kept})
+
+
+if __name__ == "__main__":
+    main()
