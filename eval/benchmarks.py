@@ -45,7 +45,7 @@ def task_names(given: str) -> list[str]:
     names = list(BENCHMARKS) if given == "all" else list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
     for name in names:
         if name not in BENCHMARKS:
-            near = get_close_matches(name, BENCHMARKS, 3, 0.3) or list(BENCHMARKS)
+            near = get_close_matches(name, BENCHMARKS, 3, 0.5) or list(BENCHMARKS)
             raise ValueError(f"--tasks {name}: no such task; nearest: {', '.join(near)}")
     if not names:
         raise ValueError(f"--tasks {given!r}: names no task; choose from {', '.join(BENCHMARKS)}")

@@ -89,3 +89,28 @@ def decode(ids: list[int]) -> str:
         at += 8 + size
     raw = b"".join(bytes([i - 3]) if 3 <= i < 259 else pieces[i] for i in ids)
     return raw.decode("utf-8").removeprefix(" ")
+
+
+def stories_folder(folder: Path) -> Path:
+    """The model with tok512.bin as a tokenizer.json of SentencePiece's kind: pieces begin with ▁, bytes for what is unknown, a BOS."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+    convert(folder)
+    data, pieces, at = (SOURCE / "tok512.bin").read_bytes(), [], 4
+    while at < len(data):
+        _, size = struct.unpack("<fi", data[at : at + 8])
+        pieces.append(data[at + 8 : at + 8 + size].decode("utf-8", "replace").replace(" ", "▁"))
+        at += 8 + size
+    pieces[:259] = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    merges = [(p[:k], p[k:]) for p in pieces[259:] for k in range(1, len(p)) if p[:k] in vocab and p[k:] in vocab]  # best scores first
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<unk>", "<s>", "</s>")])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
+    return folder

@@ -1,0 +1,152 @@
+"""Fetching the benchmarks from a Hub that this test plays, and reading them as the Hub has them."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import zlib
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import pytest
+from benchmarks import DATA, hub_rows, needs_data
+from stories260k import SHARED
+
+from eval.benchmarks import BENCHMARKS
+
+ROOT = Path(__file__).parents[1]
+pq = pytest.importorskip("pyarrow.parquet", reason='the Hub has parquet files: pip install -e ".[parquet]"')
+import pyarrow as pa  # noqa: E402
+
+FILES = {  # the Hub's repositories and file names, and which of hub_rows lies in each
+    "cais/mmlu": {"all/test-00000-of-00001.parquet": "mmlu", "all/dev-00000-of-00001.parquet": "mmlu_dev"},
+    "regisss/math_qa": {"data/test-00000-of-00001.parquet": "mathqa"},
+    "allenai/ai2_arc": {"ARC-Challenge/test-00000-of-00001.parquet": "arc_challenge"},
+    "allenai/openbookqa": {"main/test-00000-of-00001.parquet": "openbookqa"},
+    "Rowan/hellaswag": {"data/validation-00000-of-00001.parquet": "hellaswag"},
+    "truthfulqa/truthful_qa": {
+        "multiple_choice/validation-00000-of-00001.parquet": "truthfulqa_mc",
+        "generation/validation-00000-of-00001.parquet": "truthfulqa_gen",
+    },
+    "google/IFEval": {"ifeval_input_data.jsonl": "ifeval"},
+}
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+def content(file: str, rows: list[dict]) -> bytes:
+    if file.endswith(".jsonl"):
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as huggingface_hub asks for: what a repository holds, and its files."""
+
+    files: dict[str, dict[str, bytes]] = {}
+    asked: list[str] = []
+
+    def respond(self, body: bytes, kind: str = "application/json", status: int = 200, **headers) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        path = unquote(urlparse(self.path).path)
+        self.asked.append(f"{self.command} {path}")
+        for name, files in self.files.items():
+            if path.startswith(f"/api/datasets/{name}/tree/"):
+                listing = [{"type": "file", "path": file, "size": len(data), "oid": SHA} for file, data in files.items()]
+                return self.respond(json.dumps(listing).encode())
+            if path.startswith(f"/api/datasets/{name}"):
+                about = {"id": name, "sha": SHA, "siblings": [{"rfilename": file} for file in [*files, "README.md", "train-0.parquet"]]}
+                return self.respond(json.dumps(about).encode())
+            for file, data in files.items():
+                if path == f"/datasets/{name}/resolve/{SHA}/{file}":
+                    return self.respond(data, "application/octet-stream", ETag=f'"{zlib.crc32(data):x}"', X_Repo_Commit=SHA)
+        return self.respond(b'{"error": "Repository not found"}', status=404, X_Error_Code="RepoNotFound")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """The address of a Hub with every benchmark's real rows."""
+    rows = hub_rows()
+    Hub.files = {name: {file: content(file, rows[key]) for file, key in files.items()} for name, files in FILES.items()}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def fetch(endpoint: str, cwd: Path, *flags: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(cwd / "hf"), "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    env |= {"HF_HUB_DISABLE_XET": "1", "NLTK_DATA": str(SHARED / "nltk_data")}
+    env.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-m", "eval.download", *flags]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+
+
+@needs_data
+def test_every_benchmark_is_fetched_counted_and_read_like_the_released_files(hub, tmp_path):
+    done = fetch(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "mmlu           14,042 rows fetched: benchmarks/mmlu/all/test-00000-of-00001.parquet" in done.stdout
+    assert len(done.stdout.split("\n")) == 10
+    assert not any("train" in path or "README" in path for path in Hub.asked), "only the test sets are fetched"
+    for name in ("mmlu", "mmlu_5shot", "mathqa", "arc_challenge", "openbookqa", "truthfulqa_mc", "hellaswag"):
+        assert BENCHMARKS[name].load(tmp_path / "benchmarks") == BENCHMARKS[name].load(DATA), name
+    asked = len(Hub.asked)
+    again = fetch(hub, tmp_path)
+    assert again.returncode == 0 and again.stdout == done.stdout.replace("fetched", "already here")
+    assert len(Hub.asked) == asked, "what is here is not fetched again"
+
+
+@needs_data
+def test_prompts_that_are_answered_in_words_are_read_alike_too(hub, tmp_path):
+    pytest.importorskip("lm_eval", reason="IFEval's checks are the lm-evaluation-harness's: pip install -e \".[harness]\"")
+    assert fetch(hub, tmp_path, "--tasks", "truthfulqa_gen,ifeval", "--to", "d").returncode == 0
+    os.environ.setdefault("NLTK_DATA", str(SHARED / "nltk_data"))
+    for name in ("truthfulqa_gen", "ifeval"):
+        both = [BENCHMARKS[name].load(folder) for folder in (tmp_path / "d", DATA)]
+        for one, two in zip(*both, strict=True):
+            assert (one.task, one.doc_id, one.text, vars(one.judge)) == (two.task, two.doc_id, two.text, vars(two.judge))
+
+
+@needs_data
+def test_a_copy_cut_short_is_refused_and_the_others_are_fetched(hub, tmp_path):
+    whole = Hub.files["allenai/openbookqa"]
+    try:
+        Hub.files["allenai/openbookqa"] = {file: content(file, hub_rows()["openbookqa"][:400]) for file in whole}
+        done = fetch(hub, tmp_path, "--tasks", "openbookqa,arc_challenge")
+    finally:
+        Hub.files["allenai/openbookqa"] = whole
+    assert done.returncode == 1 and "400 rows, but the benchmark has 500" in done.stderr and "Traceback" not in done.stderr
+    assert "arc_challenge   1,172 rows fetched" in done.stdout
+
+
+def test_without_network_one_message_says_what_to_fetch_and_where_to_put_it(tmp_path):
+    done = fetch("http://127.0.0.1:9", tmp_path, "--tasks", "hellaswag", "--to", "d")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert 'hf download Rowan/hellaswag --repo-type dataset --include "data/validation-*.parquet" --local-dir d/hellaswag' in done.stderr
+    assert len(done.stderr.strip().split("\n")) == 2
+
+
+def test_parquet_without_pyarrow_is_said_before_anything_is_fetched(tmp_path, monkeypatch):
+    from eval import download, hellaswag
+
+    monkeypatch.setattr(download, "find_spec", lambda name: None)
+    monkeypatch.setattr(download, "download", partial(pytest.fail, "fetched"))
+    with pytest.raises(ValueError, match=r'pip install -e "\.\[parquet\]"'):
+        download.fetch(hellaswag.VALIDATION, tmp_path)

@@ -1,0 +1,564 @@
+"""The scorer against plain loops, the benchmarks' prompts to the last space, generation, and the command."""
+
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from benchmarks import DATA, needs_data
+from stories260k import SHARED
+from tiny import tiny_folder
+
+import eval.__main__ as command
+from data import Tokenizer
+from eval import arc_challenge, hellaswag, mathqa, mmlu, openbookqa, score, truthfulqa
+from eval.benchmarks import BENCHMARKS, task_names
+from eval.generate import end_tokens, respond, stopped, trimmed
+from eval.rows import Source
+from eval.score import Encoder, Item, log_likelihoods, mean, packed, pooled, predict, rows, unpacked
+from eval.tree import Tree
+from model import Layout, Llama
+
+ROOT = Path(__file__).parents[1]
+BASE = ROOT / "demo" / "base"
+os.environ.setdefault("NLTK_DATA", str(SHARED / "nltk_data"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A random model whose window of 64 tokens is soon full, and its tokenizer."""
+    folder = tiny_folder(tmp_path_factory.mktemp("tiny"), max_position_embeddings=64, initializer_range=0.3)
+    model = Llama.from_pretrained(folder)
+    return model, Tokenizer(folder, model.cfg.vocab_size)
+
+
+def alone(model: Llama, pairs: list) -> tuple[np.ndarray, list[bool]]:
+    """Each (context, continuation) by itself, as the definition says."""
+    values, greedy = [], []
+    for context, continuation in pairs:
+        ids = (unpacked(context).tolist() + continuation)[-(model.cfg.max_position_embeddings + 1) :]
+        with torch.no_grad():
+            hidden = model(torch.tensor([ids[:-1]]), Layout.packed([len(ids) - 1]))[0]
+            log_p = model.lm_head(hidden).log_softmax(-1)[-len(continuation) :]
+        values.append(log_p[range(len(continuation)), continuation].sum().item())
+        greedy.append(log_p.argmax(-1).tolist() == continuation)
+    return np.array(values), greedy
+
+
+def family(seed: int, vocab: int = 500) -> list:
+    """Requests that share headers, contexts and beginnings of continuations, some of them twice, some too long for the window."""
+    draw = np.random.default_rng(seed)
+    ids = lambda n: draw.integers(0, vocab, n).tolist()  # noqa: E731
+    pairs = []
+    for header in (ids(20), ids(30), ids(3), []):
+        for _ in range(7):
+            context = header + ids(draw.integers(1, 12))
+            begun = ids(draw.integers(0, 4))
+            pairs += [(packed(context), begun + ids(draw.integers(1, 5))) for _ in range(3)]
+            pairs += [(packed(context), [token]) for token in ids(2)]
+    pairs += [(packed(ids(80)), ids(3)), (packed(ids(64)), ids(1)), (packed(ids(63)), ids(2)), (packed(ids(5)), ids(64))]
+    return pairs + pairs[:9]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("max_tokens", [1, 40, 100, 100_000])
+@pytest.mark.parametrize("seed", range(3))
+def test_shared_beginnings_change_no_score(tiny, seed, max_tokens):
+    model, _ = tiny
+    pairs = family(seed)
+    found, greedy = log_likelihoods(model, pairs, max_tokens)
+    expected, wanted = alone(model, pairs)
+    assert np.abs(found - expected).max() < 1e-4
+    assert greedy.tolist() == wanted
+
+
+@pytest.mark.fast
+def test_long_headers_and_questions_attend_in_pieces(tmp_path):
+    folder = tiny_folder(tmp_path, max_position_embeddings=2048, initializer_range=0.3)
+    model, draw = Llama.from_pretrained(folder), np.random.default_rng(0)
+    ids = lambda n: draw.integers(0, 500, n).tolist()  # noqa: E731
+    header = ids(700)
+    contexts = [header + ids(n) for n in (20, 600, 30, 5)]
+    pairs = [(packed(context), ids(n)) for context in contexts for n in (1, 4, 90)]
+    for max_tokens in (900, 100_000):
+        assert len(rows(pairs, 2048, max_tokens)) == (2 if max_tokens == 900 else 1) or max_tokens == 900
+        found, _ = log_likelihoods(model, pairs, max_tokens)
+        assert np.abs(found - alone(model, pairs)[0]).max() < 1e-4
+
+
+@pytest.mark.fast
+def test_a_header_is_read_once_and_a_repeated_request_costs_nothing(tiny):
+    draw = np.random.default_rng(0)
+    header = draw.integers(0, 500, 40).tolist()
+    pairs = [(packed(header + [n, n + 1]), [letter]) for n in range(50) for letter in (7, 8, 9, 10)]
+    for max_tokens in (50, 10_000):
+        assert sum(row.size for row in rows(pairs, 64, max_tokens)) == 40 + 50 * 2
+    assert sum(row.size for row in rows(pairs + pairs, 64, 50)) == 40 + 50 * 2
+    assert all(row.size <= 50 for row in rows(pairs, 64, 50))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_questions_and_score_the_same(tiny, ranks):
+    model, _ = tiny
+    pairs = family(1)
+    found = np.zeros(len(pairs))
+
+    class Rank:
+        size = ranks
+
+        def __init__(self, rank):
+            self.rank = rank
+
+        def gather(self, what, value):
+            return []
+
+    parts = []
+    for rank in range(ranks):
+        mine, _ = log_likelihoods(model, pairs, 100, Rank(rank))
+        found += mine
+        parts.append(sum(row.size for row in rows(pairs, 64, 100, rank, ranks)))
+    assert np.abs(found - alone(model, pairs)[0]).max() < 1e-4
+    assert max(parts) < 1.4 * min(parts), "the ranks should finish together"
+
+
+def plain_varlen(q, k, v, q_ends, k_ends, longest_q, longest_k, *, window_size, return_aux, enable_gqa=True):
+    """What torch's variable-length kernel computes, a segment at a time: (T, H, hd), and the log-sum-exp of the scores (T, H)."""
+    assert return_aux.lse and longest_q == q_ends.diff().max() and longest_k == k_ends.diff().max()
+    y, lse = torch.empty_like(q), torch.empty(q.shape[:2])
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    for (a, b), (c, d) in zip(zip(q_ends, q_ends[1:]), zip(k_ends, k_ends[1:])):
+        s = torch.einsum("qhd,khd->qhk", q[a:b], k[c:d]) / q.shape[2] ** 0.5
+        if window_size == (-1, 0):
+            s = s.masked_fill(torch.ones(b - a, d - c).triu(1).bool()[:, None], -torch.inf)
+        y[a:b], lse[a:b] = torch.einsum("qhk,khd->qhd", s.softmax(-1), v[c:d]), s.logsumexp(-1)
+    return y, lse
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("remembered", [False, True])
+def test_the_gpu_s_way_to_attend_is_the_cpu_s(remembered):
+    """Level by level and joined by log-sum-exp, with a stand-in for the kernel, against masks."""
+    torch.manual_seed(0)
+    lengths, parents = [9, 5, 3, 1, 4, 6, 2, 7, 8], [-1, 0, 1, 1, 0, 0, 5, -1, 7]
+    memory = [(torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8))] if remembered else None
+    T = sum(lengths) - 9 * remembered
+    q, k, v = torch.randn(1, 4, T, 8), torch.randn(1, 2, T, 8), torch.randn(1, 2, T, 8)
+    masks, levels = (Tree(lengths, parents, memory) for _ in range(2))
+    levels.by_masks = lambda q, k, v: levels.by_levels(q, k, v, plain_varlen)
+    expected = masks.attend(q, k, v)
+    assert torch.allclose(levels.attend(q, k, v), expected, atol=1e-5)
+    levels.layer = 0
+    turned = lambda *args, **kwargs: (lambda y, lse: (y, lse.T))(*plain_varlen(*args, **kwargs))  # noqa: E731
+    levels.by_masks = lambda q, k, v: levels.by_levels(q, k, v, turned)
+    assert torch.allclose(levels.attend(q, k, v), expected, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the variable-length attention kernel")
+def test_on_a_gpu_bfloat16_scores_are_the_cpu_s(tmp_path):
+    folder = tiny_folder(tmp_path, head_dim=64, max_position_embeddings=64)
+    pairs = family(0)
+    expected, _ = log_likelihoods(Llama.from_pretrained(folder), pairs)
+    model = Llama.from_pretrained(folder, torch.bfloat16, torch.bfloat16, "cuda")
+    for max_tokens in (40, 10_000):
+        assert np.abs(log_likelihoods(model, pairs, max_tokens)[0] - expected).max() < 0.1
+    exact = Llama.from_pretrained(folder, device="cuda")
+    assert np.abs(log_likelihoods(exact, pairs, 100)[0] - expected).max() < 1e-3
+
+
+@pytest.mark.fast
+def test_predictions_are_float32_whatever_the_hidden_states_are():
+    torch.manual_seed(0)
+    hidden, head = torch.randn(9, 16), 3 * torch.randn(300, 16)
+    at, targets = [8, 0, 0, 3, 3, 3], [1, 2, 2, 299, 5, 0]
+    for dtype in (torch.float32, torch.bfloat16):
+        h, w = hidden.to(dtype), head.to(dtype)
+        log_p = (h.double() @ w.double().T).log_softmax(1)
+        found, greedy = predict(h, w, at, targets)
+        assert found.dtype == torch.float32
+        assert (found - log_p[at, targets]).abs().max() < 1e-4, "the rounding of bfloat16 logits would be 0.06 and more"
+    best = log_p[3].argmax().item()
+    assert predict(hidden, head, [3, 3], [best, best - 1])[1].tolist() == [True, False]
+
+
+# Metrics.
+
+
+@pytest.mark.fast
+def test_the_first_of_equal_choices_wins_and_lengths_count_characters():
+    item = Item("t", 0, "c", ("éé", "abcd", ""), 0)
+    assert item.score(np.array([-2.0, -2.0, -9.0])) == {"acc": 1.0, "acc_norm": 0.0}
+    assert item.score(np.array([-2.0, -4.0, -9.0]))["acc_norm"] == 1.0  # -1 a character each
+    assert Item("t", 0, "c", ("a", ""), 1).score(np.array([-5.0, -1.0])) == {
+        "acc": 1.0,
+        "acc_norm": 0.0,
+    }  # an empty choice never wins there
+    assert Item("t", 0, "c", ("a", "b"), 4).score(np.array([-5.0, -1.0])) == {"acc": 0.0, "acc_norm": 0.0}
+    shares = Item("t", 0, "c", ("a", "b", "c"), (0, 1, 1), ("acc",)).score(np.log([0.5, 0.2, 0.1]))
+    assert shares["acc"] == pytest.approx(0.3 / 0.8)
+
+
+@pytest.mark.fast
+def test_standard_errors_are_those_of_the_mean():
+    one, two = [{"acc": float(x)} for x in (1, 0, 0, 1, 1)], [{"acc": float(x)} for x in (0, 0, 1)]
+    a, b = mean(one), mean(two)
+    assert a == {"n": 5, "acc": 0.6, "acc_stderr": pytest.approx(np.std([1, 0, 0, 1, 1], ddof=1) / 5**0.5)}
+    both = pooled([a, {"n": 0}, b])
+    variance = (4 * 5 * a["acc_stderr"] ** 2 + 2 * 3 * b["acc_stderr"] ** 2) / (8 - 2)
+    assert both == {"n": 8, "acc": 0.5, "acc_stderr": pytest.approx((variance / 8) ** 0.5)}
+    assert mean([{"acc": 1.0}])["acc_stderr"] is None
+    assert pooled([mean([{"acc": 1.0}])])["acc_stderr"] is None
+
+
+# Text to tokens.
+
+
+@pytest.mark.fast
+def test_a_bos_stands_where_it_is_asked_for_and_never_twice(tiny):
+    _, tokenizer = tiny
+    bos, text = tokenizer.bos, tokenizer.bos_token
+    plain, auto, always = (Encoder(tokenizer, mode)(["hello", f"{text}hello"]) for mode in ("never", "auto", "always"))
+    assert plain[0][0] != bos and plain[1] == [bos, *plain[0]]
+    assert auto == always == [[bos, *plain[0]], [bos, *plain[0]]]
+
+
+@pytest.mark.fast
+def test_the_seam_is_cut_by_the_context_s_own_tokens(tiny):
+    _, tokenizer = tiny
+    encoder = Encoder(tokenizer)
+    encode = lambda text: encoder([text])[0]  # noqa: E731
+    split = lambda context, continuation: next(encoder.pairs([(context, continuation)]))  # noqa: E731
+    context, continuation = split("the water \n", " was")
+    assert unpacked(context).tolist() == encode("the water")
+    assert continuation == encode("the water \n was")[len(encode("the water")) :]
+    merged = next((a, b) for a, b in [("th", "e"), ("wate", "r"), ("a", "nd")] if encode(a + b) != encode(a) + encode(b))
+    context, continuation = split(*merged)
+    assert unpacked(context).tolist() == encode(merged[0]) and continuation == encode("".join(merged))[len(encode(merged[0])) :]
+    assert split("", " a") == (packed([tokenizer.bos]), encode(" a"))
+    texts = [(f"context {i}", f" choice {i}") for i in range(2 * score.ENCODED_AT_ONCE // 1000)] * 900
+    assert list(encoder.pairs(texts))[-1] == split(*texts[-1])
+
+
+# The benchmarks, on rows made up for it.
+
+
+def given(tmp_path, monkeypatch, source: Source, rows: list[dict], module, name: str) -> Path:
+    """A data folder that holds these rows as the whole split."""
+    folder = tmp_path / source.folder
+    folder.mkdir(exist_ok=True)
+    (folder / source.file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    monkeypatch.setattr(module, name, Source(source.folder, source.file, source.repository, source.pattern, len(rows)))
+    return tmp_path
+
+
+@pytest.mark.fast
+def test_mmlu_prompts(tmp_path, monkeypatch):
+    def row(question, answer):
+        return {"question": question, "subject": "high_school_biology", "choices": ["a ", "b", "c", "d"], "answer": answer}
+
+    data = given(tmp_path, monkeypatch, mmlu.TEST, [row(" What? \n", 2)], mmlu, "TEST")
+    given(tmp_path, monkeypatch, mmlu.DEV, [row(f"Q{i}", i % 4) for i in range(6)], mmlu, "DEV")
+    header = "The following are multiple choice questions (with answers) about high school biology.\n\n"
+    block = "{}\nA. a \nB. b\nC. c\nD. d\nAnswer:"
+    (item,) = mmlu.load(data, 0)
+    assert item == Item("mmlu_high_school_biology", 0, header + block.format("What?"), ("A", "B", "C", "D"), 2, ("acc",))
+    shots = "".join(block.format(f"Q{i}") + " " + "ABCD"[i % 4] + "\n\n" for i in range(5))
+    assert mmlu.load(data, 5)[0].context == header + shots + block.format("What?")
+
+
+@pytest.mark.fast
+def test_mmlu_is_summed_over_items_not_over_subjects():
+    rows = {"mmlu_anatomy": [{"acc": 1.0}] * 3, "mmlu_astronomy": [{"acc": 0.0}], "mmlu_virology": [{"acc": 0.0}, {"acc": 1.0}]}
+    found = mmlu.summarize(rows)
+    assert found["acc"] == 4 / 6 and found["categories"]["STEM"]["acc"] == 3 / 4 and found["categories"]["humanities"] == {"n": 0}
+    assert {name: part["n"] for name, part in found["subjects"].items()} == {"anatomy": 3, "astronomy": 1, "virology": 2}
+    assert [len(subjects) for subjects in mmlu.CATEGORIES.values()] == [19, 13, 12, 13] and len(mmlu.SUBJECTS) == 57
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("hub", [False, True])
+def test_arc_and_openbookqa_prompts(tmp_path, monkeypatch, hub):
+    def row(stem, name, key):
+        choices = [("one", "1"), ("two", "2"), ("three", "3")]
+        if hub:
+            return {name: stem, "choices": {"text": [t for t, _ in choices], "label": [n for _, n in choices]}, "answerKey": key}
+        return {"question": {"stem": stem, "choices": [{"text": t, "label": n} for t, n in choices]}, "answerKey": key}
+
+    data = given(tmp_path, monkeypatch, arc_challenge.TEST, [row(" Why? ", "question", "2")], arc_challenge, "TEST")
+    assert arc_challenge.load(data) == [Item("arc_challenge", 0, "Question:  Why? \nAnswer:", ("one", "two", "three"), 1)]
+    given(tmp_path, monkeypatch, openbookqa.TEST, [row("The sun is ", "question_stem", " 3")], openbookqa, "TEST")
+    assert openbookqa.load(data) == [Item("openbookqa", 0, "The sun is ", ("one", "two", "three"), 2)]
+
+
+@pytest.mark.fast
+def test_hellaswag_prompts(tmp_path, monkeypatch):
+    endings = ["goes [step] on  there.", "b [title] c", " d", "e [x]"]
+    rows = [
+        {
+            "activity_label": "Rowing",
+            "ctx_a": "[header] How to row [title] Sit. ",
+            "ctx_b": "the Man and Bob",
+            "endings": endings,
+            "label": "3",
+        },
+        {"activity_label": "Rowing", "ctx": "A man sits. He looks up. the Man and Bob", "endings": endings, "label": 3},
+        {"activity_label": "Rowing", "ctx": "A man sits. He looks up.", "endings": endings, "label": 3},
+    ]
+    data = given(tmp_path, monkeypatch, hellaswag.VALIDATION, rows, hellaswag, "VALIDATION")
+    hub, local, ended = hellaswag.load(data)
+    assert hub.context == "Rowing: How to row. Sit. The man and bob"
+    assert hub.choices == ("goes on there.", "b. c", "d", "e ") and hub.gold == 3
+    assert local.context == "Rowing: A man sits. He looks up. The man and bob"
+    assert ended.context == "Rowing: A man sits. He looks up."
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "options, found",
+    [
+        (
+            "a ) 38 , b ) 27.675 , c ) 30 , d ) data inadequate , e ) none of these",
+            ("38", "27.675", "30", "data inadequate", "none of these"),
+        ),
+        ("a ) 1 , b ) 3 , 4 , c ) 5 , d ) 6 , e ) 7 , 8", ("1", "3", "5", "6", "7 , 8")),
+        ("['a ) 24', 'b ) 120', 'c ) 625', 'd ) 720', 'e ) 1024']", ("24'", "120'", "625'", "720'", "1024']")),
+    ],
+)
+def test_mathqa_options(options, found):
+    assert mathqa.choices(options) == found
+
+
+@pytest.mark.fast
+def test_truthfulqa_prompts(tmp_path, monkeypatch):
+    rows = [{"question": "Why? ", "mc1_targets": {"a": 1, "b": 0}, "mc2_targets": {"a": 1, "c": 1, "b": 0}},
+            {"question": "How?", "mc1_targets": {"choices": ["a", "b"], "labels": [1, 0]},
+             "mc2_targets": {"choices": ["b", "a"], "labels": [0, 1]}}]  # fmt: skip
+    data = given(tmp_path, monkeypatch, truthfulqa.CHOICE, rows, truthfulqa, "CHOICE")
+    one, two, _, four = truthfulqa.load_choice(data)
+    assert one.context == two.context == truthfulqa.PRIMER + "\n\nQ: Why? \nA:" and (one.choices, one.gold) == (("a", "b"), 0)
+    assert two.gold == (1, 1, 0) and four.choices == ("b", "a") and four.gold == (0, 1)
+    assert truthfulqa.PRIMER.startswith("Q: What is human life expectancy in the United States?\nA: Human")
+    assert truthfulqa.PRIMER.endswith("\n\nQ: Where were the 1992 Olympics held?\nA: The 1992 Olympics were held in Barcelona, Spain.")
+
+
+@needs_data
+def test_the_whole_test_sets_are_read():
+    counts = {
+        name: len(BENCHMARKS[name].load(DATA)) for name in ("mmlu", "mathqa", "arc_challenge", "openbookqa", "hellaswag", "truthfulqa_mc")
+    }
+    assert counts == {"mmlu": 14042, "mathqa": 2985, "arc_challenge": 1172, "openbookqa": 500, "hellaswag": 10042, "truthfulqa_mc": 2 * 817}
+
+
+# Generation.
+
+
+@pytest.mark.fast
+def test_batches_of_any_size_write_the_same_and_stop_at_their_strings(tiny):
+    model, tokenizer = tiny
+    encoder = Encoder(tokenizer)
+    texts = ["Once upon", "The water in the pool was", "Why is the sea salt?", "a", "He said that it's what " * 9]
+    free = respond(model, encoder, [(text, 12, ()) for text in texts], ())
+    stop = next(character for character in free[1] if character.strip())
+    prompts = [(text, 12, (stop,) * (i % 2)) for i, text in enumerate(texts)]
+    one_by_one = [respond(model, encoder, [prompt], ())[0] for prompt in prompts]
+    for cached_tokens in (1, 150, 10_000):
+        assert respond(model, encoder, prompts, (), cached_tokens=cached_tokens) == one_by_one
+    assert one_by_one == [trimmed(text, (stop,) * (i % 2)) for i, text in enumerate(free)]
+    assert len({*one_by_one}) > 3
+
+
+@pytest.mark.fast
+def test_rows_that_have_ended_leave_the_batch_and_change_no_other(tiny):
+    model, _ = tiny
+    prompts = [[3 + i, 40, 7 * i % 300] for i in range(8)]
+    limits = {tuple(model.generate([p], 10)[0][:n]) for n, p in zip((1, 1, 2, 2, 2, 3, 9, 10), prompts)}
+    seen = []
+
+    def ended(new):
+        seen.append(len(new))
+        return tuple(new) in limits
+
+    found = model.generate(prompts, 10, ended=ended)
+    assert found == [model.generate([p], 10, ended=lambda new: tuple(new) in limits)[0] for p in prompts]
+    assert len({len(row) for row in found}) > 2
+    assert len(seen) == sum(map(len, found)), "one that has ended is asked no more"
+
+
+@pytest.mark.fast
+def test_stop_strings_are_found_across_tokens():
+    pieces = {0: "a", 1: "\n", 2: "\nb", 3: "END", 4: " of"}
+    decode = lambda ids: "".join(pieces[i] for i in ids)  # noqa: E731
+    assert stopped([0, 1, 2], ("\n\n",), decode) and not stopped([0, 1, 0, 2], ("\n\n",), decode)
+    assert stopped([0] * 30 + [3, 4], ("x", "END of"), decode) and not stopped([3, 0, 4], ("END of",), decode)
+    assert trimmed("one. two", (".", "e", "")) == "on"
+    assert trimmed("\n\nrest", ("\n\n",)) == ""
+
+
+@pytest.mark.fast
+def test_what_ends_a_text_is_the_generation_config_s(tmp_path, tiny):
+    _, tokenizer = tiny
+    assert end_tokens(tmp_path, tokenizer) == (tokenizer.end,)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [5, 6], "temperature": 0.6}))
+    assert end_tokens(tmp_path, tokenizer) == (5, 6)
+    path.write_text(json.dumps({"repetition_penalty": 1.2}))
+    with pytest.raises(ValueError, match="repetition_penalty is 1.2"):
+        end_tokens(tmp_path, tokenizer)
+
+
+# The command, on the real files.
+
+
+def run(*flags: str, cwd: Path, ranks: int = 0, **env) -> subprocess.CompletedProcess:
+    launch = [sys.executable] if not ranks else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env
+    return subprocess.run([*launch, "-m", "eval", *flags], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@needs_data
+def test_the_command_scores_goes_on_and_keeps_what_it_has(tmp_path):
+    flags = ("--model", str(BASE), "--data", str(DATA), "--limit", "3", "--samples", "items.jsonl")
+    first = run("--tasks", "arc_challenge,mmlu", *flags, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert re.search(r"arc_challenge +3 +acc \d+\.\d\d ± \d+\.\d\d, acc_norm", first.stdout) and "results: eval-base.json" in first.stdout
+    before = json.loads((tmp_path / "eval-base.json").read_text())
+    assert before["tasks"]["mmlu"]["n"] == 3 * 57 and len(before["tasks"]["mmlu"]["subjects"]) == 57
+    again = run("--tasks", "arc_challenge,openbookqa", *flags, cwd=tmp_path)
+    assert again.returncode == 0 and "already has arc_challenge" in again.stdout
+    after = json.loads((tmp_path / "eval-base.json").read_text())
+    assert after["tasks"].pop("openbookqa")["n"] == 3 and after == before
+    lines = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    assert len(lines) == 3 + 3 * 57 + 3
+    assert lines[0].keys() == {"task", "doc_id", "prompt", "gold", "continuations", "loglikelihoods", "greedy", "metrics"}
+    assert lines[0]["prompt"].startswith("Question: ") and all(choice.startswith(" ") for choice in lines[0]["continuations"])
+    other = run("--tasks", "openbookqa", *flags, "--bos", "always", cwd=tmp_path)
+    assert other.returncode == 1 and "holds results with settings" in other.stderr and "Traceback" not in other.stderr
+
+
+@needs_data
+def test_two_ranks_give_one_process_s_results(tmp_path):
+    pytest.importorskip("sacrebleu", reason='scores generations with sacrebleu: pip install -e ".[harness]"')
+    pytest.importorskip("rouge_score", reason='scores generations with rouge-score: pip install -e ".[harness]"')
+    flags = ("--model", str(BASE), "--data", str(DATA), "--limit", "5", "--dtype", "float32")
+    flags += ("--tasks", "arc_challenge,truthfulqa_mc,truthfulqa_gen,openbookqa")
+    results = []
+    for ranks in (0, 2):
+        done = run(*flags, "--out", f"{ranks}.json", "--samples", f"{ranks}.jsonl", cwd=tmp_path, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (tmp_path / f"{ranks}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+        values = [line.pop("loglikelihoods", []) for line in lines]
+        metrics = [list(line.pop("metrics").values()) for line in lines]
+        tasks = json.loads((tmp_path / f"{ranks}.json").read_text())["tasks"]
+        results.append((lines, values, metrics, list(tasks)))
+    assert results[0][0] == results[1][0] and results[0][3] == results[1][3], "same items, in the same order, with the same answers"
+    for one, two in zip(results[0][1] + results[0][2], results[1][1] + results[1][2], strict=True):
+        assert one == pytest.approx(two, abs=1e-4)
+
+
+# Bad input: one line, before the model is read.
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Calls the command; returns its one line of complaint. Reading weights would be a failure of its own."""
+
+    def read_weights(*args, **kwargs):
+        raise AssertionError("the model was read before the mistake was found")
+
+    monkeypatch.setattr(Llama, "from_pretrained", read_weights)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["eval", *flags])
+        with pytest.raises(SystemExit) as e:
+            command.main()
+        assert isinstance(e.value.code, str) and "\n" not in e.value.code
+        return e.value.code
+
+    return call
+
+
+@pytest.mark.fast
+def test_unknown_tasks_are_refused_with_the_nearest_names(refused):
+    assert refused("--model", "m", "--tasks", "helaswag") == "error: --tasks helaswag: no such task; nearest: hellaswag"
+    assert "nearest: truthfulqa_mc, truthfulqa_gen" in refused("--model", "m", "--tasks", "mmlu,truthfulqa")
+    assert "names no task" in refused("--model", "m", "--tasks", ",")
+    assert "--limit 0" in refused("--model", "m", "--limit", "0")
+    assert task_names("mmlu, ifeval,mmlu") == ["mmlu", "ifeval"] and len(task_names("all")) == 9
+
+
+@pytest.mark.fast
+def test_missing_truncated_and_foreign_files_are_refused(refused, tmp_path):
+    flags = ("--model", str(BASE), "--tasks", "openbookqa", "--data", "d")
+    assert "d: no such folder" in refused(*flags)
+    folder = tmp_path / "d" / "openbookqa"
+    folder.mkdir(parents=True)
+    told = refused(*flags)
+    assert "openbookqa: no test.jsonl" in told and "python -m eval.download --tasks openbookqa --to d" in told
+    row = {"question": {"stem": "s", "choices": [{"text": "t", "label": "A"}]}, "answerKey": "A"}
+    whole = "".join(json.dumps(row) + "\n" for _ in range(500))
+    (folder / "test.jsonl").write_text(whole[: len(whole) // 2 + 9])
+    assert "test.jsonl:" in refused(*flags) and "not JSON" in refused(*flags)
+    (folder / "test.jsonl").write_text("".join(line + "\n" for line in whole.split("\n")[:300]))
+    assert "300 rows, but the benchmark has 500" in refused(*flags)
+    (folder / "test.jsonl").unlink()
+    (folder / "test.jsonl.gz").write_bytes(gzip.compress(whole.encode())[:-20])
+    assert "test.jsonl.gz: not a whole gzip file" in refused(*flags)
+    (folder / "test.jsonl.gz").unlink()
+    for wrong, said in (
+        ({"prompt": "x"}, "expected choices (dict), but the row has prompt"),
+        (row | {"answerKey": "E"}, "answerKey is 'E', expected one of A"),
+        (row | {"question": {"stem": 3, "choices": row["question"]["choices"]}}, "expected stem (str), but it is 3"),
+        (row | {"question": {"stem": "s", "choices": ["t"]}}, "expected text (str)"),
+    ):
+        (folder / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [row] * 499 + [wrong]))
+        assert said in (told := refused(*flags)) and "test.jsonl:500" in told
+
+
+@pytest.mark.fast
+def test_a_model_folder_without_tokenizer_or_another_model_s_results_are_refused(refused, tmp_path, monkeypatch):
+    row = {"question": {"stem": "s", "choices": [{"text": "t", "label": "A"}]}, "answerKey": "A"}
+    data = given(tmp_path, monkeypatch, openbookqa.TEST, [row], openbookqa, "TEST")
+    flags = ("--tasks", "openbookqa", "--data", str(data))
+    bare = tiny_folder(tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    assert "no tokenizer.json here" in refused("--model", str(bare), *flags)
+    assert "no such folder" in refused("--model", "./nowhere", *flags)
+    (tmp_path / "r.json").write_text(json.dumps({"fingerprint": "other", "settings": {}, "tasks": {}}))
+    assert "holds another model's results" in refused("--model", str(BASE), *flags, "--out", "r.json")
+    (tmp_path / "r.json").write_text("{")
+    assert "r.json: not readable as JSON" in refused("--model", str(BASE), *flags, "--out", "r.json")
+    (tmp_path / "s.jsonl").write_text("mine\n")
+    assert "s.jsonl: exists" in refused("--model", str(BASE), *flags, "--samples", "s.jsonl")
+
+
+@pytest.mark.parametrize(
+    "benchmark, package, said", [("truthfulqa_gen", "sacrebleu", "sacrebleu"), ("ifeval", "langdetect", "lm-evaluation-harness")]
+)
+def test_a_missing_extra_is_named_with_its_command(refused, benchmark, package, said, monkeypatch):
+    from eval import ifeval
+
+    ifeval.checks.cache_clear(), truthfulqa.metrics.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    told = refused("--model", str(BASE), "--tasks", benchmark, "--data", "d")
+    assert said in told and 'pip install -e ".[harness]"' in told
+
+
+def test_missing_punkt_tab_is_said_with_the_command_that_fetches_it(refused, monkeypatch):
+    nltk = pytest.importorskip("nltk", reason='IFEval splits sentences with nltk: pip install -e ".[harness]"')
+    pytest.importorskip("langdetect", reason='IFEval guesses languages with langdetect: pip install -e ".[harness]"')
+    from eval import ifeval
+
+    ifeval.checks.cache_clear()
+    monkeypatch.setattr(nltk.data, "path", ["/nowhere"])
+    told = refused("--model", str(BASE), "--tasks", "ifeval", "--data", "d")
+    assert "python -m nltk.downloader punkt_tab" in told

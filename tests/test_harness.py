@@ -1,0 +1,237 @@
+"""Against the lm-evaluation-harness itself, on real rows: likelihoods, greedy flags, metrics, generations and what they score."""
+
+import json
+import math
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from benchmarks import DATA, SUBJECTS, harness_tasks, hub_rows, needs_data
+from stories260k import SHARED, SOURCE, stories_folder
+
+from data import Tokenizer
+from eval.benchmarks import BENCHMARKS
+from eval.generate import end_tokens, respond
+from eval.score import Encoder, by_task, score
+from model import Llama
+from recipes import DEMO
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+os.environ.setdefault("NLTK_DATA", str(SHARED / "nltk_data"))
+lm_eval = pytest.importorskip("lm_eval", reason='compares with the lm-evaluation-harness: pip install -e ".[peers]"')
+pytestmark = needs_data
+
+ROWS = 60
+TASKS = ["mathqa", "arc_challenge", "openbookqa", "hellaswag", "truthfulqa_mc1", "truthfulqa_mc2"]
+OURS = {"truthfulqa_mc1": "truthfulqa_mc", "truthfulqa_mc2": "truthfulqa_mc"}
+
+
+def model_folder(name: str, tmp_path_factory):
+    """demo/base, or stories260K: another kind of tokenizer, and a window of 512 tokens that most prompts exceed."""
+    if name == "demo":
+        return DEMO / "base"
+    if not SOURCE.is_dir():
+        pytest.skip(f"needs stories260K in {SHARED} (SFTGO_SHARED)")
+    return stories_folder(tmp_path_factory.mktemp("stories"))
+
+
+@pytest.fixture(scope="module", params=[("demo", "never"), ("demo", "always"), ("stories", "auto")], ids="-".join)
+def setting(request, tmp_path_factory):
+    """(folder, --bos, the harness's own model)"""
+    from lm_eval.models.huggingface import HFLM
+
+    name, bos = request.param
+    folder = model_folder(name, tmp_path_factory)
+    theirs = HFLM(
+        pretrained=str(folder), dtype="float32", device="cpu", batch_size=16,
+        add_bos_token={"never": False, "always": True, "auto": None}[bos],
+    )  # fmt: skip
+    return folder, bos, theirs
+
+
+def run_harness(lm, tasks: list[str]) -> dict:
+    return lm_eval.simple_evaluate(lm, tasks=tasks, log_samples=True, bootstrap_iters=2)
+
+
+def compare(folder, bos: str, names: list[str], found: dict) -> None:
+    """Every item of the harness's samples against ours: prompts, choices, sums, greedy flags, metrics, and the tasks' means."""
+    model = Llama.from_pretrained(folder)
+    encoder = Encoder(Tokenizer(folder, model.cfg.vocab_size), bos)
+    for name in names:
+        benchmark = BENCHMARKS[OURS.get(name, name)]
+        wanted = {f"mmlu_{subject}" for subject in SUBJECTS} if name.startswith("mmlu") else {name}
+        per_task = ROWS // len(wanted)
+        items = [item for item in benchmark.load(DATA) if item.task in wanted and item.doc_id < per_task]
+        scored = score(model, encoder, items)
+        theirs = [sample for task in dict.fromkeys(item.task for item in items) for sample in found["samples"][task]]
+        assert len(items) == len(theirs) == ROWS
+        for item, ours, sample in zip(items, scored, theirs):
+            assert [(item.context, f" {choice}") for choice in item.choices] == [tuple(a) for a in sample["arguments"]]
+            values, greedy = zip(*sample["filtered_resps"])
+            assert np.abs(np.array(values) - ours["loglikelihoods"]).max() < 1e-3, (name, item.doc_id)
+            assert list(greedy) == ours["greedy"]
+            for metric, value in ours["metrics"].items():
+                assert sample[metric] == pytest.approx(value, abs=1e-4), (name, item.doc_id, metric)  # MC2's is not 0 or 1
+        for task, rows in by_task(items, scored).items():
+            means = found["results"][task]
+            summary = BENCHMARKS["arc_challenge"].summarize({task: rows})
+            for metric in rows[0]:
+                assert means[f"{metric},none"] == pytest.approx(summary[metric], abs=1e-5)
+                assert means[f"{metric}_stderr,none"] == pytest.approx(summary[f"{metric}_stderr"], abs=1e-5)
+
+
+def test_every_likelihood_task_scores_each_item_as_the_harness_does(setting, tmp_path):
+    folder, bos, theirs = setting
+    names = [*TASKS, "mmlu"]
+    tasks = harness_tasks(tmp_path, TASKS, ROWS) + harness_tasks(tmp_path, ["mmlu"], ROWS // len(SUBJECTS))
+    compare(folder, bos, names, run_harness(theirs, tasks))
+
+
+@pytest.mark.parametrize("setting", [("demo", "never"), ("stories", "auto")], ids="-".join, indirect=True)
+def test_five_shots_score_as_the_harness_does(setting, tmp_path):
+    folder, bos, theirs = setting
+    compare(folder, bos, ["mmlu_5shot"], run_harness(theirs, harness_tasks(tmp_path, ["mmlu_5shot"], ROWS // len(SUBJECTS))))
+
+
+def test_the_adapter_gives_the_harness_the_same_numbers(tmp_path):
+    from eval.harness import SFTGO
+
+    folder = DEMO / "base"
+    tasks = harness_tasks(tmp_path, TASKS, ROWS) + harness_tasks(tmp_path, ["mmlu"], ROWS // len(SUBJECTS))
+    compare(folder, "never", [*TASKS, "mmlu"], run_harness(SFTGO(folder, dtype="float32"), tasks))
+    tasks = harness_tasks(tmp_path, ["mmlu_5shot"], ROWS // len(SUBJECTS))
+    compare(folder, "never", ["mmlu_5shot"], run_harness(SFTGO(folder, dtype="float32"), tasks))
+
+
+class Asked:
+    """A request, as the harness makes it."""
+
+    task_name = "test"
+
+    def __init__(self, *args):
+        self.args = args
+
+
+EDGES = [
+    ("Once upon a time", " there was"),
+    ("Once upon a time  ", " there was"),  # blanks at the end of the context go to the continuation
+    ("Once upon a time\n", " there was"),
+    ("Once upon a time", "  two blanks"),
+    ("Once upon a time", " "),  # an empty choice
+    ("", "Once upon a time"),
+    ("", ""),
+    ("Once upon a ti", "me there"),  # a merge across the seam
+    ("The wat", "er was warm"),
+    ("caf", "é"),
+    ("naïve façade – “quotes”", " 漢字 😀 ñ"),
+    ("😀", "👍🏽 ok"),
+    ("word " * 700, " the end of a long tale"),  # longer than stories260K's window
+    ("a", " " + "long " * 100),
+    ("Lily <|end_of_text|> x", " <s> y"),
+]
+
+
+def test_edges_of_tokenization_score_as_in_the_harness(setting):
+    from eval.harness import SFTGO
+
+    folder, bos, theirs = setting
+    ours = SFTGO(folder, bos, "float32")
+    found = ours.loglikelihood([Asked(*pair) for pair in EDGES])
+    compared = 0
+    for pair, (value, greedy) in zip(EDGES, found, strict=True):
+        context, continuation = next(ours.encoder.pairs([pair]))
+        if not continuation:  # swallowed by a merge across the seam: the harness stops there, here it adds nothing
+            assert (value, greedy) == (0.0, True)
+            continue
+        ((expected, other),) = theirs.loglikelihood([Asked(*pair)])
+        assert value == pytest.approx(expected, abs=1e-3), pair
+        assert greedy == other, pair
+        compared += 1
+    assert compared >= len(EDGES) - 3
+    with pytest.raises(ValueError, match="a continuation of"):
+        ours.loglikelihood([Asked("a", " no" * (ours.model.cfg.max_position_embeddings + 1))])
+
+
+def test_rolling_likelihoods_and_generation_are_the_harness_s(setting):
+    from eval.harness import SFTGO
+
+    folder, bos, theirs = setting
+    ours = SFTGO(folder, bos, "float32")
+    texts = [Asked("Once upon a time there was a little girl."), Asked("The sea is salt. " * 120), Asked("é")]
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(theirs.loglikelihood_rolling(texts), abs=5e-3)
+    how = {"until": ["\n\n", "."], "do_sample": False, "max_gen_toks": 24}
+    asked = [Asked(text, how) for text in ("Once upon a time", "Q: Why is the sea salt?", "One day, a bird", "a " * 900)]
+    asked += [Asked("The cat sat", {"until": [], "max_gen_toks": 40})]
+    assert ours.generate_until(asked) == theirs.generate_until(asked)
+    with pytest.raises(ValueError, match="sampling"):
+        ours.generate_until([Asked("x", {"do_sample": True})])
+
+
+def generated(names: list[str], per_task: int, tokens: int) -> dict[str, list[str]]:
+    """Real texts: what demo/base writes, cut short, and answers that score."""
+    model = Llama.from_pretrained(DEMO / "base", torch.bfloat16, torch.bfloat16)
+    encoder = Encoder(Tokenizer(DEMO / "base", model.cfg.vocab_size))
+    out = {}
+    for name in names:
+        prompts = BENCHMARKS[name].load(DATA)[:per_task]
+        asked = [(p.text, tokens, p.stops) for p in prompts]
+        out[name] = respond(model, encoder, asked, end_tokens(DEMO / "base", encoder.tokenizer))
+    return out
+
+
+def test_truthfulqa_answers_get_the_harness_s_scores(tmp_path):
+    from lm_eval.tasks.truthfulqa.utils import preprocess_function, process_results_gen
+
+    rows, prompts = hub_rows()["truthfulqa_gen"], BENCHMARKS["truthfulqa_gen"].load(DATA)
+    texts = generated(["truthfulqa_gen"], 10, 32)["truthfulqa_gen"]
+    texts += [
+        "",
+        "\nA: " + rows[11]["best_answer"],
+        rows[12]["incorrect_answers"][0] + " . And more.",
+        "I have no comment.",
+        "née — 3.5% $x",
+    ]
+    for row, prompt, text in zip(rows, prompts, texts, strict=False):
+        expected = process_results_gen(row | preprocess_function(row), [text])
+        assert prompt.judge(text) == pytest.approx({name: float(value) for name, value in expected.items()}, abs=1e-9), (row, text)
+
+
+def test_ifeval_responses_get_the_harness_s_verdicts():
+    from lm_eval.tasks.ifeval.utils import process_results
+
+    from eval.ifeval import DRAWN
+
+    rows, prompts = hub_rows()["ifeval"], BENCHMARKS["ifeval"].load(DATA)
+    texts = generated(["ifeval"], 40, 64)["ifeval"]
+    draw = random.Random(0)
+    pieces = ["Yes, all lower case.", "ALL CAPITALS, ALL OF IT.", "* one\n* two", "*marked* **twice** <<A title>>", "P.S. more", "[name] [date]",
+              '"quoted"', "SECTION 1 x\nSECTION 2", "a\n\nb\n\nc", "***", "******", '{"a": 1}', "My answer is yes.", "Dr. Who came. He left!",
+              "", " ", "कन्नड भाषा"]  # fmt: skip
+    texts += ["\n".join(draw.choices(pieces, k=draw.randint(1, 6))) for _ in range(len(rows) - len(texts))]
+    texts[7] = "Certainly!\n" + rows[7]["prompt"] + "\nThanks"
+    held = 0
+    for row, prompt, text in zip(rows, prompts, texts, strict=True):
+        verdict = prompt.judge(text)
+        held += sum(verdict["inst_level_loose_acc"])
+        if row["key"] not in DRAWN:  # there the harness draws a letter at random
+            assert verdict == process_results(row, [text]), (row["key"], text)
+    assert 100 < held < 700, "the texts should follow some of the instructions, and not others"
+
+
+def test_the_command_runs_a_task_of_the_harness(tmp_path, capsys, monkeypatch):
+    from eval import harness
+
+    harness_tasks(tmp_path, ["openbookqa"], 8)
+    path = tmp_path / "openbookqa.yaml"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"task": "openbookqa_here"}))
+    harness.main(
+        ["--model", str(DEMO / "base"), "--tasks", "openbookqa_here", "--include-path", str(tmp_path), "--out", str(tmp_path / "r.json")]
+    )
+    assert "openbookqa_here" in capsys.readouterr().out
+    assert math.isfinite(json.loads((tmp_path / "r.json").read_text())["results"]["openbookqa_here"]["acc,none"])
+    with pytest.raises(SystemExit, match="exists"):
+        harness.main(["--model", str(DEMO / "base"), "--tasks", "openbookqa", "--out", str(tmp_path / "r.json")])
+    with pytest.raises(SystemExit, match="no such task"):
+        harness.main(["--model", str(DEMO / "base"), "--tasks", "openbokqa"])

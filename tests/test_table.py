@@ -1,0 +1,161 @@
+"""The paper's tables from result files: groups, means, marks, and what is refused."""
+
+import json
+import re
+from statistics import stdev
+
+import pytest
+
+from eval import paper, table
+from recipes import RECIPES
+from train import Config
+
+pytestmark = pytest.mark.fast
+
+
+def tasks(shift: float = 0.0) -> dict:
+    acc = lambda x: {"n": 10, "acc": x + shift, "acc_stderr": 0.1, "acc_norm": x / 2}  # noqa: E731
+    out = {"mmlu": acc(0.5), "mmlu_5shot": acc(0.6), "mathqa": acc(0.3), "arc_challenge": acc(0.4), "openbookqa": acc(0.2)}
+    out |= {"hellaswag": acc(0.55), "truthfulqa_mc": {"mc1": {"acc": 0.25}, "mc2": {"acc": 0.45}}}
+    out["truthfulqa_gen"] = {"bleu_acc": 0.31, "rouge1_acc": 0.32, "rouge2_acc": 0.33, "rougeL_acc": 0.34}
+    ifeval = {"prompt_level_strict": 0.1, "prompt_level_loose": 0.2, "inst_level_strict": 0.3, "inst_level_loose": 0.4}
+    out["ifeval"] = {f"{name}_acc": x for name, x in ifeval.items()}
+    return out
+
+
+def result(
+    path, recipe: str | None, seed: int = 0, shift: float = 0.0, fingerprint: str | None = None, found: dict | None = None, **changes
+):
+    """A result file of a recipe's run, with every task or those given."""
+    run = (
+        json.loads(
+            json.dumps(vars(Config(**RECIPES[recipe] | {"seed": seed} | ({"reference": "r"} if "rho1" in recipe else {}) | changes)))
+        )
+        if recipe
+        else None
+    )
+    about = {"model": "somewhere/model", "fingerprint": fingerprint or f"{recipe}{seed}{changes}", "run": run}
+    settings = {"bos": "never", "dtype": "bfloat16", "limit": None}
+    path.write_text(json.dumps(about | {"settings": settings, "tasks": tasks(shift) if found is None else found}))
+    return path
+
+
+def cells(text: str, title: str) -> list[list[str]]:
+    """The cells of the Markdown table under a title."""
+    part = text.split(f"### {title}")[1].split("###")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in part.split("\n") if line.startswith("|")]
+
+
+def printed(paths, *flags, capsys) -> str:
+    table.main([*map(str, paths), *flags])
+    return capsys.readouterr().out
+
+
+def test_seeds_make_one_row_with_mean_and_deviation_and_the_best_in_bold(tmp_path, capsys):
+    shifts = (0.0, 0.02, 0.01)
+    paths = [result(tmp_path / f"t{s}.json", "lima-3b-tfidf", s, shift) for s, shift in enumerate(shifts)]
+    paths += [result(tmp_path / f"b{s}.json", "lima-3b-sft", s, shift - 0.05) for s, shift in enumerate(shifts[:2])]
+    text = printed(paths, capsys=capsys)
+    head, _, base, tfidf = cells(text, "LIMA: benchmarks (the paper's Table 1)")
+    assert head[:5] == ["Model", "Method", "Seeds", "MMLU:0", "MMLU:5"] and head[-1] == "Avg."
+    assert base[:3] == ["Llama-3.2-3B", "Baseline-SFT", "2"] and tfidf[:3] == ["Llama-3.2-3B", "TF-IDF", "3"]
+    assert base[3] == f"46.00 ± {100 * stdev([0.45, 0.47]):.2f}" and tfidf[3] == "**51.00 ± 1.00**"
+    truthfulqa, ifeval = 100 * (0.31 + 0.32 + 0.33 + 0.34 + 0.25 + 0.45) / 6, 25.0
+    assert tfidf[9:11] == [f"**{truthfulqa:.2f} ± 0.00**", f"**{ifeval:.2f} ± 0.00**"]
+    average = (50 + 60 + 30 + 40 + 20 + 55 + 6 * 1 + truthfulqa + ifeval) / 8
+    assert tfidf[-1].startswith(f"**{average:.2f} ± ")
+    assert cells(text, "LIMA: acc_norm of the same runs")[2][3:] == [
+        "**15.00 ± 0.00**",
+        "**20.00 ± 0.00**",
+        "**10.00 ± 0.00**",
+        "**27.50 ± 0.00**",
+    ]
+    assert cells(text, "LIMA: TruthfulQA (the paper's Table 5)")[3][3] == "**31.00 ± 0.00**"
+    assert [row[3:] for row in cells(text, "LIMA: IFEval (the paper's Table 6)")][0] == [*table.IFEVAL, "Avg."]
+    assert [
+        c.split(" ")[0].strip("*") for c in cells(text, "LIMA: IFEval (the paper's Table 6)")[2][3:]
+    ] == "40.00 30.00 20.00 10.00 25.00".split()
+    third = cells(text, "Subject-specific and general-reasoning averages (the paper's Table 3)")
+    assert [row[0] for row in third[2:]] == ["Baseline-SFT", "TF-IDF", "Δ"]
+    assert third[2][1:] == ["36.00", f"{(51 + truthfulqa + ifeval) / 3:.2f}"] and third[4][1:] == ["+5.00", "+1.67"]
+
+
+def test_files_of_one_model_are_put_together_and_other_settings_make_another_row(tmp_path, capsys):
+    some, others = ({k: v for k, v in tasks().items() if (k in ("mmlu", "ifeval")) == first} for first in (True, False))
+    paths = [result(tmp_path / "a.json", "alpaca-8b-rho1", found=some), result(tmp_path / "b.json", "alpaca-8b-rho1", found=others)]
+    paths += [result(tmp_path / "c.json", "alpaca-8b-rho1", eta=0.8)]
+    paths += [result(tmp_path / "d.json", "alpaca-8b-sft", grouper="tfidf"), result(tmp_path / "e.json", None)]
+    text = printed(paths, capsys=capsys)
+    rows = cells(text, "Alpaca: benchmarks (the paper's Table 2)")[2:]
+    assert [row[1] for row in rows] == ["Baseline-SFT", "Rho-1 (eta 0.4)", "Rho-1 (eta 0.8)"] and {row[0] for row in rows} == {
+        "Llama-3.1-8B"
+    }
+    assert rows[1][3:] == rows[2][3:] and "–" not in rows[1]
+    assert cells(text, "no fine-tuning: benchmarks")[2][:3] == ["model", "as given", "1"]
+
+
+def test_a_column_that_a_seed_lacks_is_left_open(tmp_path, capsys):
+    paths = [result(tmp_path / "a.json", "lima-8b-tfidf", 0), result(tmp_path / "b.json", "lima-8b-tfidf", 1, found={"mmlu": {"acc": 0.5}})]
+    row = cells(printed(paths, capsys=capsys), "LIMA: benchmarks")[2]
+    assert row[3] == "50.00 ± 0.00" and row[4:] == ["–"] * 8
+
+
+def test_the_paper_s_rows_stand_below_as_printed_with_its_odd_cells_marked(tmp_path, capsys):
+    path = result(tmp_path / "a.json", "lima-8b-tfidf")
+    text = printed([path], "--paper", capsys=capsys)
+    rows = cells(text, "LIMA: benchmarks (the paper's Table 1)")[2:]
+    assert [row[1] for row in rows] == ["TF-IDF"] + [f"{method} (paper)" for method in paper.METHODS]
+    assert rows[1][3] == "62.05 ± 0.32" and rows[4][-1] == "**47.33 ± 0.52**" and rows[1][4] == "**63.47 ± 0.15**"
+    third = cells(text, "Subject-specific and general-reasoning averages (the paper's Table 3)")
+    assert third[0][1:] == ["LIMA Llama-3.1-8B SS-B", "LIMA Llama-3.1-8B GR-B"]
+    assert third[3] == ["Baseline-SFT (paper)", "48.54", "40.32‡"]
+    marked = re.findall(r"[-+\d.]+‡", printed([], "--paper", capsys=capsys))
+    assert sorted(marked) == sorted("44.52‡ 40.32‡ 41.60‡ 42.96‡ 43.24‡ +1.28‡ +2.64‡ +2.92‡ 39.06‡ 26.15‡ 50.26‡".split())
+
+
+def test_the_paper_s_numbers_are_all_here():
+    assert {n: len(paper.printed(n)) for n in (1, 2, 5, 6, 7, 8)} == dict.fromkeys((1, 2, 5, 6, 7, 8), 8)
+    assert {len(row) for n in (1, 2) for row in paper.printed(n).values()} == {9}
+    assert paper.printed(2)["Llama-3.1-8B", "LLMLingua-2"][0] == (63.94, 0.18)
+    for one, parts in ((1, (5, 6)), (2, (7, 8))):  # the last columns of Tables 5 to 8 are two columns of Tables 1 and 2
+        for key, row in paper.printed(one).items():
+            assert [row[6], row[7]] == [paper.printed(n)[key][-1] for n in parts]
+
+
+def test_latex_has_the_same_cells(tmp_path, capsys):
+    path = result(tmp_path / "a.json", "lima-3b-tfidf", 1)
+    text = printed([path], "--paper", "--format", "latex", capsys=capsys)
+    assert r"Llama-3.2-3B & TF-IDF & 1 & 50.00 & 60.00" in text and r"\textbf{53.55 $\pm$ 0.22}" in text
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 5 and "acc\\_norm" in text
+    for line in text.split("\n"):
+        assert not re.search(r"[±†‡Δ–]", line) and not re.search(r"(?<!\\)_", line)
+
+
+@pytest.mark.parametrize(
+    "case, said",
+    [
+        ("settings", "one table has one setting"),
+        ("seed", "seed 0 of this configuration is another model"),
+        ("score", "mmlu has another score than in"),
+        ("json", "not readable as JSON"),
+        ("other", "not a result of `python -m eval`"),
+        ("none", "no results given"),
+        ("empty", "no task in it"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path, case, said):
+    one = result(tmp_path / "one.json", "lima-3b-tfidf", found={} if case == "empty" else None)
+    two = tmp_path / "two.json"
+    if case == "settings":
+        result(two, "lima-3b-tfidf", 1)
+        two.write_text(two.read_text().replace('"never"', '"always"'))
+    elif case == "seed":
+        result(two, "lima-3b-tfidf", fingerprint="other")
+    elif case == "score":
+        result(two, "lima-3b-tfidf", shift=0.1)
+    else:
+        two.write_text({"json": "{", "other": "{}"}.get(case, ""))
+    paths = {"none": [], "empty": [one]}.get(case, [one, two])
+    with pytest.raises(SystemExit, match=re.escape(said)) as e:
+        table.main(list(map(str, paths)))
+    assert str(e.value).startswith("error: ")
