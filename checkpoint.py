@@ -39,7 +39,7 @@ from model import Llama
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process may save too
 
-OURS = ("metrics.jsonl", "losses.png", "checkpoints", "model", "model.part", "config.json")  # what --overwrite removes; the cache stays
+OURS = ("metrics.jsonl", "losses.png", "eval.json", "checkpoints", "model", "model.part", "config.json")  # what --overwrite removes; the cache stays
 WHERE_ONLY = ("recipe", "out", "cache", "overwrite", "dry_run")  # settings that do not change what is trained
 HOW_ONLY = ("shard", "checkpoint_activations", "checkpoint_every", "keep", "resume")  # nor do these, but for rounding
 HELD = []  # the lock of the folder this process writes
