@@ -39,7 +39,15 @@ from model import Llama
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process may save too
 
-OURS = ("metrics.jsonl", "losses.png", "eval.json", "checkpoints", "model", "model.part", "config.json")  # what --overwrite removes; the cache stays
+OURS = (
+    "metrics.jsonl",
+    "losses.png",
+    "eval.json",
+    "checkpoints",
+    "model",
+    "model.part",
+    "config.json",
+)  # what --overwrite removes; the cache stays
 WHERE_ONLY = ("recipe", "out", "cache", "overwrite", "dry_run")  # settings that do not change what is trained
 HOW_ONLY = ("shard", "checkpoint_activations", "checkpoint_every", "keep", "resume")  # nor do these, but for rounding
 HELD = []  # the lock of the folder this process writes
@@ -80,9 +88,14 @@ def finished(cfg) -> bool:
 
 def differing(cfg, before: dict) -> list[str]:
     """Names of the settings that would make another run of it."""
-    now = json.loads(json.dumps(asdict(cfg)))
-    same = WHERE_ONLY + HOW_ONLY + ("micro_batch_tokens",) * (cfg.scope == "step")
-    return [name for name in now if name not in same and before.get(name) != now[name]]
+    now = training(json.loads(json.dumps(asdict(cfg))))
+    return [name for name in now if before.get(name) != now[name]]
+
+
+def training(config: dict) -> dict:
+    """The settings of a run that decide what is trained, of all that it has."""
+    same = WHERE_ONLY + HOW_ONLY + ("micro_batch_tokens",) * (config["scope"] == "step")
+    return {name: value for name, value in config.items() if name not in same}
 
 
 def settings(out: Path) -> dict:

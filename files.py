@@ -22,24 +22,26 @@ def resolve(name: str | Path) -> Path:
     return folder
 
 
-def download(repository: str, patterns: list[str], flags: str, repo_type: str = "model", into: Path | None = None) -> Path:
-    """The local copy of a Hub repository's files that match `patterns`, in the Hub's cache or `into` a folder.
-
-    `flags` is what `hf download` needs besides the name, for the message when the Hub gives nothing.
-    """
+def download(repository: str, patterns: list[str], flags: str, repo_type: str = "model") -> Path:
+    """The local copy of a Hub repository's files that match `patterns`; `flags` is what `hf download` needs besides the name."""
     from huggingface_hub import snapshot_download  # comes with tokenizers
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=patterns, repo_type=repo_type, local_dir=into))
+        return Path(snapshot_download(repository, allow_patterns=patterns, repo_type=repo_type))
     except Exception as e:  # the Hub's client raises many kinds: no network, gated, not found
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        gated = "\nIt is gated: accept its terms on its page of the Hub with your account, then `hf auth login`"
-        if not repository.startswith(("meta-llama/", "GAIR/lima")) and "gated" not in str(e):
-            gated = ""
-        raise ValueError(
-            f"{repository}: not here, and the Hub did not give it ({reason}). Where there is network:\n"
-            f"  hf download {repository} {flags}{gated}"
-        ) from e
+        raise not_given(repository, flags, e) from e
+
+
+def not_given(repository: str, flags: str, e: Exception) -> ValueError:
+    """What to do by hand where the Hub gave nothing."""
+    reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+    gated = "\nIt is gated: accept its terms on its page of the Hub with your account, then `hf auth login`"
+    if not repository.startswith(("meta-llama/", "GAIR/lima")) and type(e).__name__ != "GatedRepoError":
+        gated = ""
+    return ValueError(
+        f"{repository}: not here, and the Hub did not give it ({reason}). Where there is network:\n"
+        f"  hf download {repository} {flags}{gated}"
+    )
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -111,5 +113,5 @@ def read_json(path: Path) -> dict:
 def write_json(path: Path, value) -> None:
     """An object as a JSON file, there whole or not at all."""
     part = Path(f"{path}.part")
-    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     part.replace(path)

@@ -458,9 +458,7 @@ class Llama(nn.Module):
         lengths = torch.tensor([len(p) for p in prompts])  # (B,)
         longest = int(lengths.max())
         if longest + max_new_tokens > cfg.max_position_embeddings:
-            raise ValueError(
-                f"{longest} prompt and {max_new_tokens} new tokens exceed the model's {cfg.max_position_embeddings} positions"
-            )
+            raise ValueError(f"{longest} prompt and {max_new_tokens} new tokens exceed the model's {cfg.max_position_embeddings} positions")
         shape = (B, cfg.num_key_value_heads, longest + max_new_tokens, cfg.head_dim)
         caches = [[torch.zeros(shape, dtype=self.compute_dtype, device=device) for _ in range(2)] for _ in self.model.layers]
         generator = torch.Generator(device).manual_seed(seed)
@@ -485,7 +483,8 @@ class Llama(nn.Module):
             if 2 * len(alive) <= len(rows):  # half of the rows write for nothing: leave them out
                 keep = torch.tensor(alive, device=device)
                 token, position, rows = token[keep], position[keep], [rows[i] for i in alive]
-                caches = [[x[keep] for x in cache] for cache in caches]
+                for i, cache in enumerate(caches):  # a layer at a time, or both copies would be held
+                    caches[i] = [x[keep] for x in cache]
             filled = [[x[:, :, : longest + n] for x in cache] for cache in caches]  # the slots that hold anything by now
             sequence = torch.arange(len(rows), device=device)
             hidden = self(token[:, None], Layout(position[:, None], sequence=sequence), filled)[:, 0]  # (B, D)

@@ -4,6 +4,7 @@ Everything that can be wrong with the request, the data and the tokenizer is fou
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -15,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-from cache import content
+from cache import file_digest
 from checkpoint import World, git_commit
 from data import Tokenizer
 from eval.benchmarks import BENCHMARKS, task_names
-from eval.generate import end_tokens, write
+from eval.generate import Prompt, end_tokens, require_room, write
 from eval.score import BOS, Encoder, Item, by_task, score
-from files import read_json, resolve, write_json
+from files import read_json, resolve, weight_files, write_json
 from model import DTYPES, Llama, LlamaConfig
 
 LIBRARIES = ("torch", "tokenizers", "numpy", "sacrebleu", "rouge-score", "lm-eval", "nltk", "langdetect")
@@ -78,15 +79,43 @@ def versions() -> dict[str, str]:
     return found
 
 
-def earlier(out: Path, about: dict) -> dict:
-    """The results that the file already holds of this very model under these settings, to go on from."""
-    if not out.exists():
-        return about | {"tasks": {}}
-    before = read_json(out)
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of what makes the model and its texts: weights, configuration, tokenizer."""
+    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    files = [folder / name for name in names if (folder / name).is_file()] + sorted(set(weight_files(folder).values()))
+    return hashlib.sha256(" ".join(f"{path.name} {file_digest(path)}" for path in files).encode()).hexdigest()
+
+
+def earlier(out: Path, samples: Path | None, about: dict) -> dict:
+    """The results that the file already holds of this very model under these settings, to go on from; `about` where it is not there.
+
+    The samples' file is cut back to what those results wrote: more is of a task that was interrupted.
+
+    Raises:
+        ValueError: another model's results, or under other settings, or a samples' file that is not theirs.
+    """
+    for path in filter(None, (out, samples)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    before = read_json(out) if out.exists() else about | {"samples": samples and {"file": str(samples), "bytes": 0}, "tasks": {}}
+    if not isinstance(before.get("tasks"), dict):
+        raise ValueError(f"{out}: not a result of `python -m eval`; choose another --out")
     for name in ("fingerprint", "settings"):
         if before.get(name) != about[name]:
             other = "another model's results" if name == "fingerprint" else f"results with settings {before.get(name)}, now {about[name]}"
             raise ValueError(f"{out}: holds {other}; choose another --out, or move it away")
+    theirs = before.get("samples")
+    if samples is None:
+        before["samples"] = None  # tasks without samples from here on
+    elif theirs is None or theirs["file"] != str(samples):
+        kept = f"samples in {theirs['file']}" if theirs else "results without samples"
+        raise ValueError(f"{out}: holds {kept}; choose another --out, to have all samples in one file")
+    elif samples.exists() and samples.stat().st_size and not out.exists():
+        raise ValueError(f"{samples}: exists; choose another --samples, or move it away")
+    else:
+        if (samples.stat().st_size if samples.exists() else 0) < theirs["bytes"]:
+            raise ValueError(f"{samples}: shorter than when {out} was written; move both away")
+        with open(samples, "ab") as f:
+            f.truncate(theirs["bytes"])
     return before
 
 
@@ -98,32 +127,26 @@ def evaluate(args: argparse.Namespace, world: World) -> Path:
     cfg = LlamaConfig.from_folder(folder)
     tokenizer = Tokenizer(folder, cfg.vocab_size)
     stop_ids = end_tokens(folder, tokenizer)
+    for name, found in items.items():
+        if isinstance(found[0], Prompt):
+            require_room(found[0].max_new_tokens, cfg.max_position_embeddings, name)
+    encoder = Encoder(tokenizer, args.bos)
 
-    out = Path(args.out) if args.out else default_out(args.model)
-    about = {
-        "model": args.model,
-        "fingerprint": world.first("fingerprint", lambda: content(folder)),
-        "run": run_of(Path(args.model)),
-        "settings": {name: getattr(args, name) for name in ("bos", "dtype", "limit")},
-        "window": cfg.max_position_embeddings,
-        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or "cpu",
-        "ranks": world.size,
-        "versions": versions(),
-        "git_commit": git_commit(),
-    }
-    about = world.first("earlier results", lambda: earlier(out, about))
-    if args.samples and Path(args.samples).exists() and not about["tasks"]:
-        raise ValueError(f"{args.samples}: exists; choose another --samples, or move it away")
+    out, samples = Path(args.out) if args.out else default_out(args.model), Path(args.samples) if args.samples else None
+    settings = {name: getattr(args, name) for name in ("bos", "dtype", "limit")}
+    about = {"model": args.model, "fingerprint": None, "run": run_of(Path(args.model)), "settings": settings}
+    about["fingerprint"] = world.first("fingerprint", lambda: fingerprint(folder))
+    about = world.first("earlier results", lambda: earlier(out, samples, about))
     todo = [name for name in args.tasks if name not in about["tasks"]]
     if done := [name for name in args.tasks if name in about["tasks"]]:
         print(f"{out}: already has {', '.join(done)}")
     if not todo:
         return out
-    out.parent.mkdir(parents=True, exist_ok=True)
 
     dtype = DTYPES[args.dtype]
     model = Llama.from_pretrained(folder, dtype, dtype, world.device).eval()
-    encoder = Encoder(tokenizer, args.bos)
+    where = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or platform.machine()
+    made = {"device": where, "ranks": world.size, "versions": versions(), "git_commit": git_commit()}
     print(HEAD)
     for name in todo:
         began = time.monotonic()
@@ -131,28 +154,30 @@ def evaluate(args: argparse.Namespace, world: World) -> Path:
         if isinstance(mine[0], Item):
             scored = score(model, encoder, mine, args.batch_tokens, world, name)
         else:
-            scored = write(model, encoder, mine, stop_ids, world)
+            scored = write(model, encoder, mine, stop_ids, world, name)
         if world.rank:
             continue
         seconds = time.monotonic() - began
         summary = BENCHMARKS[name].summarize(by_task(mine, scored))
-        about["tasks"][name] = summary | {"seconds": round(seconds, 2), "items_per_second": round(len(mine) / seconds, 2)}
-        if args.samples:
-            save_samples(Path(args.samples), mine, scored)
+        timed = {"seconds": round(seconds, 2), "items_per_second": round(len(mine) / seconds, 2)}
+        about["tasks"][name] = summary | {"made": made | timed}
+        if samples:
+            about["samples"]["bytes"] = save_samples(samples, mine, scored)
         write_json(out, about)
         print(line(name, len(mine), summary, seconds), flush=True)
     print(f"results: {out}")
     return out
 
 
-def save_samples(path: Path, items: list, scored: list[dict]) -> None:
-    """A line for each item, in the form that eval/README's comparison with the harness reads."""
+def save_samples(path: Path, items: list[Item] | list[Prompt], scored: list[dict]) -> int:
+    """A line for each item: what was asked, what came of it, its metrics. Returns how long the file now is."""
     with open(path, "a", encoding="utf-8") as f:
-        for item, row in zip(items, scored):
+        for item, row in zip(items, scored, strict=True):
             asked = {"task": item.task, "doc_id": item.doc_id, "prompt": item.context if isinstance(item, Item) else item.text}
             if isinstance(item, Item):
                 asked |= {"gold": item.gold, "continuations": [f" {choice}" for choice in item.choices]}
             f.write(json.dumps(asked | row, ensure_ascii=False) + "\n")
+    return path.stat().st_size
 
 
 HEAD = f"{'task':<16}{'items':>7}   {'scores, % (± standard error)':<76}{'seconds':>9}{'items/s':>9}"
@@ -189,7 +214,7 @@ def main() -> None:
             world.fault(e)
         if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):
             raise
-        sys.exit(f"error: out of memory ({str(e).splitlines()[0]}); lower --batch-tokens")
+        sys.exit(f"error: out of memory ({str(e).splitlines()[0]}); lower --batch-tokens, or leave the GPU to this job alone")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on with the tasks that are not in the results file")
 

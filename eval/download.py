@@ -1,14 +1,15 @@
 """Fetch the benchmarks' files from the Hub: `python -m eval.download --to benchmarks`. Run again, it fetches what is missing."""
 
 import argparse
+import fnmatch
 import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from eval.benchmarks import BENCHMARKS, task_names
-from eval.rows import Source
-from files import download
+from eval.rows import READ, Source
+from files import not_given
 
 
 def fetch(source: Source, to: Path) -> str:
@@ -17,19 +18,32 @@ def fetch(source: Source, to: Path) -> str:
     Raises:
         ValueError: the Hub did not give it (with what to do by hand), or gave another number of rows.
     """
-    into = to / source.folder
-    known = "already here" if source.paths(to) else "fetched"
+    known = "already here"
     if not source.paths(to):
-        if source.pattern.endswith(".parquet") and find_spec("pyarrow") is None:
-            raise ValueError(f'{source.repository}: its files are parquet; to read them: pip install -e ".[parquet]"')
-        pattern = source.pattern.removeprefix("**/")
-        download(source.repository, [pattern], f'--repo-type dataset --include "{pattern}" --local-dir {into}', "dataset", into)
-        if not source.paths(to):
-            raise ValueError(
-                f"{source.repository}: the Hub has no file like {pattern} there any more; put the released {source.file} into {into}"
-            )
+        known = "fetched"
+        get(source, to / source.folder)
     rows = source.read(to)
     return f"{source.folder:<14}{len(rows):>7,} rows {known}: {', '.join(map(str, source.paths(to)))}"
+
+
+def get(source: Source, into: Path) -> None:
+    """The files of one split from the Hub, under their paths there."""
+    from huggingface_hub import HfApi, hf_hub_download  # comes with tokenizers
+
+    if source.pattern.endswith(".parquet") and find_spec("pyarrow") is None:
+        raise ValueError(f'{source.repository}: its files are parquet; to read them: pip install -e ".[parquet]"')
+    pattern = source.pattern.removeprefix("**/")
+    try:
+        about = HfApi().dataset_info(source.repository)
+        names = [name for name in fnmatch.filter([file.rfilename for file in about.siblings], pattern) if name.endswith(READ)]
+        for name in names:
+            hf_hub_download(source.repository, name, repo_type="dataset", revision=about.sha, local_dir=into)
+    except Exception as e:  # the Hub's client raises many kinds
+        raise not_given(source.repository, f'--repo-type dataset --include "{pattern}" --local-dir {into}', e) from e
+    if not names:
+        raise ValueError(
+            f"{source.repository}: the Hub has no file like {pattern} there any more; put the released {source.file} into {into}"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from data import Tokenizer
@@ -36,40 +37,75 @@ def respond(
     """What the model writes after each prompt.
 
     Args:
-        prompts: (text, most new tokens, stop strings). A prompt is cut from the left so that they fit the model's window; where they
-            take more than half of it, they are cut to half.
+        prompts: (text, most new tokens, stop strings); a prompt is cut from the left so that they fit the model's window.
         stop_ids: tokens that end a sequence.
-        world: ranks that share the batches; rank 0 gets all texts, the others None for what is not theirs.
-        cached_tokens: positions of one batch's key/value cache; None: 32,768 on a CPU, 262,144 on a GPU.
+        world: ranks that share the batches; rank 0 gets all texts, the others an empty list.
+        cached_tokens: positions in one batch's key/value cache; None: 32,768 on a CPU, what two fifths of the free memory hold on a GPU.
 
     Returns:
         the decoded new tokens of each, without special tokens, up to the first of its stop strings or of the end token's text.
+
+    Raises:
+        ValueError: the new tokens alone would fill the window.
     """
-    device, window = model.lm_head.weight.device, model.cfg.max_position_embeddings
-    cached_tokens = cached_tokens or (32_768 if device.type == "cpu" else 262_144)
-    tokenizer = encoder.tokenizer
-    new = [min(most, window // 2) for _, most, _ in prompts]
-    ids = [ids[-(window - n) :] or [tokenizer.bos] for ids, n in zip(encoder([text for text, *_ in prompts]), new)]
+    window, tokenizer, ranks = model.cfg.max_position_embeddings, encoder.tokenizer, 1 if world is None else world.size
+    for _, most, _ in prompts:
+        require_room(most, window, name)
+    cached_tokens = cached_tokens or room_for(model)
+    ids = [found[-(window - most) :] or [tokenizer.bos] for (_, most, _), found in zip(prompts, encoder([text for text, *_ in prompts]))]
     order = sorted(range(len(prompts)), key=lambda i: (prompts[i][1:], len(ids[i])), reverse=True)
-    batches = [[]]
-    for i in order:
-        batch = batches[-1]
-        if batch and (prompts[batch[0]][1:] != prompts[i][1:] or (len(batch) + 1) * (len(ids[batch[0]]) + new[batch[0]]) > cached_tokens):
-            batches.append(batch := [])
-        batch.append(i)
-    mine = batches if world is None else batches[world.rank :: world.size]
-    texts: list[str | None] = [None] * len(prompts)
-    with tqdm(total=sum(map(len, mine)), desc=name, unit="text", disable=None, leave=False) as bar:
-        for batch in filter(None, mine):
-            stops = prompts[batch[0]][2]
-            ended = (lambda tokens, stops=stops: stopped(tokens, stops, tokenizer.decode)) if stops else None
-            found = model.generate([ids[i] for i in batch], new[batch[0]], stop_ids=stop_ids, ended=ended)
-            for i, tokens in zip(batch, found):
+    batches = [order[:1]]
+    for i in order[1:]:
+        batch, (_, most, stops) = batches[-1], prompts[batches[-1][0]]
+        alike = prompts[i][1:] == (most, stops)
+        if not alike or (len(batch) + 1) * (len(ids[batch[0]]) + most) > cached_tokens or len(batch) * ranks >= len(prompts):
+            batches.append([])
+        batches[-1].append(i)
+    mine = batches if world is None else batches[world.rank :: ranks]
+    texts: dict[int, str] = {}
+    with tqdm(desc=name, total=sum(map(len, mine)), unit="item", disable=None, leave=False) as bar:
+        for batch in mine:
+            _, most, stops = prompts[batch[0]]
+            stopper = Stopper(stops, tokenizer.decode, bar)
+            for i, tokens in zip(batch, model.generate([ids[i] for i in batch], most, stop_ids=stop_ids, ended=stopper)):
                 texts[i] = trimmed(tokenizer.decode(tokens), (*stops, tokenizer.end_token))
-            bar.update(len(batch))
-    for part in [] if world is None else world.gather(name, texts):
-        texts = [mine if mine is not None else theirs for mine, theirs in zip(texts, part)]
-    return texts
+            bar.update(len(batch) - stopper.stopped)
+    for part in [] if world is None else world.gather(name, list(texts.items())):
+        texts |= dict(map(tuple, part))
+    return [] if world is not None and world.rank else [texts[i] for i in range(len(prompts))]
+
+
+def require_room(most: int, window: int, name: str) -> None:
+    if most >= window:
+        raise ValueError(f"{name}: up to {most:,} new tokens leave no room for a prompt in this model's window of {window:,} tokens")
+
+
+def room_for(model: Llama) -> int:
+    """How many positions' keys and values one batch may hold."""
+    if (device := model.lm_head.weight.device).type == "cpu":
+        return 32_768
+    cfg = model.cfg
+    each = 2 * cfg.num_hidden_layers * cfg.num_key_value_heads * cfg.head_dim * model.compute_dtype.itemsize  # bytes
+    return int(0.4 * torch.cuda.mem_get_info(device)[0] / each)
+
+
+class Stopper:
+    """Whether a sequence's newest tokens complete a stop string; as it is asked at every token, it also moves the progress bar."""
+
+    def __init__(self, stops: tuple[str, ...], decode: Callable[[list[int]], str], bar: tqdm):
+        self.stops, self.decode, self.bar = stops, decode, bar
+        self.recent = max(map(len, stops), default=0) + 4  # tokens that may hold one: a character or more each, but for a few bytes
+        self.tokens = self.stopped = 0
+
+    def __call__(self, tokens: list[int]) -> bool:
+        self.tokens += 1
+        if self.tokens % 1000 == 0:
+            self.bar.set_postfix_str(f"{self.tokens:,} tokens of this batch")
+        recent = self.decode(tokens[-self.recent :]) if self.stops else ""
+        found = any(stop in recent for stop in self.stops) and any(stop in self.decode(tokens) for stop in self.stops)
+        self.stopped += found
+        self.bar.update(int(found))
+        return found
 
 
 def trimmed(text: str, stops: tuple[str, ...]) -> str:
@@ -77,13 +113,6 @@ def trimmed(text: str, stops: tuple[str, ...]) -> str:
     for stop in stops:
         text = text.split(stop)[0] if stop else text
     return text
-
-
-def stopped(tokens: list[int], stops: tuple[str, ...], decode: Callable[[list[int]], str]) -> bool:
-    """Whether the newest tokens complete a stop string."""
-    longest = max(map(len, stops))
-    recent = decode(tokens[-longest - 4 :])  # a character or more each, but for a few bytes of one
-    return any(stop in recent for stop in stops) and any(stop in decode(tokens) for stop in stops)
 
 
 def end_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -101,11 +130,9 @@ def end_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(named) if isinstance(named, list) else (tokenizer.end if named is None else named,)
 
 
-def write(model: Llama, encoder: Encoder, prompts: list[Prompt], stop_ids: tuple[int, ...], world=None) -> list[dict]:
-    """What each item gives: the response and its metrics (rank 0; the others judge nothing)."""
-    texts = respond(
-        model, encoder, [(p.text, p.max_new_tokens, p.stops) for p in prompts], stop_ids, world, name=f"writing {prompts[0].task}"
-    )
-    if world is not None and world.rank:
-        return []
+def write(
+    model: Llama, encoder: Encoder, prompts: list[Prompt], stop_ids: tuple[int, ...], world=None, name: str = "writing"
+) -> list[dict]:
+    """What each item gives: the response and its metrics (rank 0; the others get nothing)."""
+    texts = respond(model, encoder, [(p.text, p.max_new_tokens, p.stops) for p in prompts], stop_ids, world, name=name)
     return [{"response": text, "metrics": prompt.judge(text)} for prompt, text in zip(prompts, texts)]

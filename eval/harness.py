@@ -7,6 +7,7 @@ Needs the extra `harness`. The harness fetches its tasks' data itself.
 
 import argparse
 import sys
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from model import DTYPES, Llama, LlamaConfig
 try:
     from lm_eval import simple_evaluate
     from lm_eval.api.model import LM
+    from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 except ImportError as e:
@@ -59,15 +61,17 @@ class SFTGO(LM):
         return totals
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Greedy only; ValueError where a task asks for samples."""
+        """Greedy only; ValueError where a task asks for samples, or for anything else that changes the text."""
         prompts = []
         for request in requests:
-            text, how = request.args
-            if how.get("do_sample") or (how.get("temperature") or 0) > 0:
-                raise ValueError(f"{request.task_name}: asks for sampling ({how}), and generation here is greedy")
-            until = how.get("until") or []
-            most = next((how[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if how.get(name)), 256)
-            prompts.append((text, most, tuple([until] if isinstance(until, str) else until)))
+            text, given = request.args
+            how = normalize_gen_kwargs(given, 256)
+            until, most = how.pop("until", []), how.pop("max_gen_toks")
+            if how.pop("do_sample", False) or how.pop("temperature", 0) > 0:
+                raise ValueError(f"{request.task_name}: asks for sampling ({given}), and generation here is greedy")
+            if other := sorted(how.keys() - {"top_p", "top_k"}):
+                raise ValueError(f"{request.task_name}: asks for {', '.join(other)} ({given}), and generation here is plain greedy")
+            prompts.append((text, most, tuple(until)))
         return respond(self.model, self.encoder, prompts, self.stop_ids)
 
 
@@ -91,18 +95,24 @@ def main(argv: list[str] | None = None) -> None:
     try:
         manager = TaskManager(include_path=args.include_path)
         names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-        if unknown := [name for name in names if name not in manager.all_tasks]:
-            raise ValueError(f"--tasks {unknown[0]}: the harness has no such task; `lm-eval ls tasks` lists them")
+        for name in names:
+            if name not in manager.all_tasks:
+                near = ", ".join(get_close_matches(name, manager.all_tasks)) or "none; `lm-eval ls tasks` lists them"
+                raise ValueError(f"--tasks {name}: the harness has no such task; nearest: {near}")
+        if not names or (args.limit is not None and args.limit < 1):
+            raise ValueError(f"--tasks {args.tasks!r}, --limit {args.limit}: expected at least one of each")
         if args.out and Path(args.out).exists():
             raise ValueError(f"{args.out}: exists; choose another --out, or move it away")
+        if args.out:
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         model = SFTGO(args.model, args.bos, args.dtype)
         found = simple_evaluate(model, tasks=names, num_fewshot=args.num_fewshot, limit=args.limit, task_manager=manager, log_samples=False)
+        if args.out:
+            kept = {name: found[name] for name in ("results", "groups", "versions", "n-shot", "n-samples") if name in found}
+            write_json(Path(args.out), {"model": args.model, "bos": args.bos, "dtype": args.dtype, **kept})
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    print(make_table(found))
-    if args.out:
-        kept = {name: found[name] for name in ("results", "groups", "versions", "n-shot", "n-samples") if name in found}
-        write_json(Path(args.out), {"model": args.model, "bos": args.bos, "dtype": args.dtype, **kept})
+    print(make_table(found) + ("\n" + make_table(found, "groups") if found.get("groups") else ""))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def choices(options: str) -> tuple[str, ...]:
 def load(data: Path) -> list[Item]:
     items = []
     for i, row in enumerate(TEST.read(data)):
-        answers, gold = choices(row.get("options")), row.index("correct", "abcde")
+        answers, gold = choices(row.get("options")), row.index("correct", tuple("abcde"))
         if not answers:
             raise ValueError(f"{row.where}: no answers in options {row.get('options')!r:.60}; expected 'a ) 1 , b ) 2 , …'")
         items.append(Item("mathqa", i, f"Question: {row.get('Problem')}\nAnswer:", answers, gold))  # a gold beyond them is never right

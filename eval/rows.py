@@ -36,10 +36,10 @@ class Row:
         """A field that is an object."""
         return Row(f"{self.where}: {name}", self.get(name, dict))
 
-    def index(self, name: str, options: tuple[str, ...] | str) -> int:
+    def index(self, name: str, options: tuple[str, ...]) -> int:
         """Where a field's value stands among the options."""
         value = self.get(name).strip()
-        if value not in options or not value:
+        if value not in options:
             raise ValueError(f"{self.where}: {name} is {value!r}, expected one of {', '.join(options)}")
         return options.index(value)
 
@@ -92,7 +92,10 @@ def read_file(path: Path) -> list[Row]:
     if path.suffix == ".parquet":
         return [Row(f"{path}: row {i}", row) for i, row in enumerate(read_parquet(path), 1)]
     if ".csv" in path.suffixes:
-        return [Row(f"{path}: row {i}", row) for i, row in enumerate(csv.DictReader(io.StringIO(text_of(path), newline="")), 1)]
+        try:
+            return [Row(f"{path}: row {i}", row) for i, row in enumerate(csv.DictReader(io.StringIO(text_of(path), newline="")), 1)]
+        except csv.Error as e:
+            raise ValueError(f"{path}: not CSV ({e}); is a quotation mark left open?") from e
     return [Row(where, row) for where, row in read_rows(path)]
 
 

@@ -5,15 +5,16 @@ Runs that differ in nothing but the seed make one row, mean ± standard deviatio
 
 import argparse
 import json
+import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 
-from checkpoint import HOW_ONLY, WHERE_ONLY
+from checkpoint import training
 from eval import paper
 from files import read_json
 
@@ -70,6 +71,11 @@ class Entry:
     method: str
     config: dict  # what its runs share
     seeds: dict = field(default_factory=dict)  # seed -> (fingerprint, files, tasks)
+    note: str = ""  # what tells it from other rows of its method
+
+    @property
+    def label(self) -> str:
+        return f"{self.method} ({self.note})" if self.note else self.method
 
     def cell(self, column: str) -> tuple[float, float | None] | None:
         """Mean and standard deviation over seeds; None unless every seed has the column."""
@@ -79,11 +85,17 @@ class Entry:
         return fmean(values), stdev(values) if len(values) > 1 else None
 
 
+RUN = {"model", "data", "grouper", "lam_max", "worst", "scope", "seed"}  # what is read of a run's configuration
+
+
 def read(path: Path) -> dict:
     """One result file of `python -m eval`."""
     result = read_json(path)
+    run = result.get("run")
     if not {"model", "fingerprint", "settings", "tasks"} <= result.keys() or not isinstance(result["tasks"], dict):
         raise ValueError(f"{path}: not a result of `python -m eval`")
+    if run is not None and not (isinstance(run, dict) and run.keys() >= RUN):
+        raise ValueError(f"{path}: its run is not a configuration of train.py")
     return result
 
 
@@ -100,8 +112,8 @@ def entries(paths: list[Path]) -> tuple[list[Entry], dict]:
         if settings is not None and result["settings"] != settings[1]:
             raise ValueError(f"{path}: scored with {result['settings']}, but {settings[0]} with {settings[1]}; one table has one setting")
         settings = settings or (path, result["settings"])
-        run = result.get("run")
-        same = {k: v for k, v in (run or {"model": result["model"]}).items() if k not in (*WHERE_ONLY, *HOW_ONLY, "seed")}
+        run = result["run"] if "run" in result else None
+        same = {name: value for name, value in training(run).items() if name != "seed"} if run else {"model": result["model"]}
         key = json.dumps(same, sort_keys=True) + ("" if run else result["fingerprint"])
         entry = found.setdefault(key, Entry(base_name(same["model"]), data_name(run), method_name(run), same))
         seed = run["seed"] if run else 0
@@ -110,44 +122,55 @@ def entries(paths: list[Path]) -> tuple[list[Entry], dict]:
             raise ValueError(f"{path}: seed {seed} of this configuration is another model in {files[0]}; leave one of them out")
         files.append(path)
         for name, summary in result["tasks"].items():
-            timeless = {k: v for k, v in summary.items() if k not in ("seconds", "items_per_second")}
-            if tasks.setdefault(name, timeless) != timeless:
+            found_scores = {k: v for k, v in summary.items() if k != "made"}
+            if tasks.setdefault(name, found_scores) != found_scores:
                 raise ValueError(f"{path}: {name} has another score than in {files[0]}, of the same model; leave one of them out")
     out = list(found.values())
     tell_apart(out)
-    rank = lambda name, order: (order.index(name) if name in order else len(order), name)  # noqa: E731
-    out.sort(key=lambda e: (rank(e.data, DATASETS), rank(e.base, BASES), rank(e.method, METHOD_ORDER)))
+    out.sort(key=lambda e: (place(e.data, DATASETS), place(e.base, BASES), place(e.method, METHOD_ORDER), e.label))
     return out, settings[1] if settings else {}
 
 
+def place(name: str, order: Sequence[str]) -> tuple[int, str]:
+    """A sorting key: the paper's order, then the alphabet."""
+    return (order.index(name) if name in order else len(order), name)
+
+
 def base_name(model: str) -> str:
-    return Path(model).resolve().name if Path(model).is_dir() else model.rstrip("/").split("/")[-1]
+    """The last part of a path or Hub name; the paper's two in the paper's spelling."""
+    name = Path(model).resolve().name if Path(model).is_dir() else model.rstrip("/").split("/")[-1]
+    return next((base for base in BASES if base.lower() == name.lower()), name)
 
 
 def data_name(run: dict | None) -> str:
+    """LIMA or Alpaca where the file's name says so, or its folder's (on the Hub, the data set's); else the file's name."""
     if run is None:
         return "no fine-tuning"
-    name = run["data"].lower()
-    return next((known for known in DATASETS if known.lower() in name), Path(run["data"]).name)
+    for part in reversed(run["data"].lower().split("/")[-2:]):
+        for known in DATASETS:
+            if re.search(rf"(?<![a-z]){known.lower()}(?![a-z])", part):
+                return known
+    return run["data"].split("/")[-1]
 
 
 def method_name(run: dict | None) -> str:
     if run is None:
         return "as given"
-    if run["lam_max"] == 0 and run["worst"] == "max":
+    if run["lam_max"] == 0:
         return METHODS["none"]  # groups, if any, are only watched
-    return METHODS.get(run["grouper"], run["grouper"])
+    name = METHODS.get(run["grouper"], run["grouper"])
+    return name if run["worst"] == ("important" if run["grouper"] == "rho1" else "max") else f"{name}, worst {run['worst']}"
 
 
 def tell_apart(rows: list[Entry]) -> None:
-    """Name, in the label of rows that are otherwise called the same, the settings in which they differ."""
+    """Note, on rows that are otherwise called the same, the settings in which they differ."""
     alike = defaultdict(list)
     for row in rows:
         alike[row.base, row.data, row.method].append(row)
     for same in (group for group in alike.values() if len(group) > 1):
         names = [n for n in sorted({n for row in same for n in row.config}) if len({json.dumps(row.config.get(n)) for row in same}) > 1]
         for row in same:
-            row.method += " (" + ", ".join(f"{n} {row.config.get(n)}" for n in names[:3]) + ")"
+            row.note = ", ".join(f"{n} {row.config.get(n)}" for n in names) or next(iter(row.seeds.values()))[0][:8]
 
 
 # Rows to tables.
@@ -188,7 +211,7 @@ def block(
     out = []
     if mine:
         for (row, cells), bold in zip(mine, bold_best([cells for _, cells in mine])):
-            labels = [base, row.method, str(len(row.seeds))]
+            labels = [base, row.label, str(len(row.seeds))]
             out.append((labels, list(zip(map(shown, cells), bold))))
     if with_paper and table and base in BASES:
         theirs = {method: cells for (b, method), cells in paper.printed(table).items() if b == base}
@@ -246,29 +269,28 @@ def normed(name: str, rows: list[Entry], bases: list[str]) -> list[Table]:
 
 def table_3(rows: list[Entry], with_paper: bool) -> Table | None:
     """Averages of the subject-specific (SS-B) and the general-reasoning benchmarks (GR-B), with each method's gain over the baseline."""
-    places = [(data, base) for data in DATASETS for base in BASES]
-    others = dict.fromkeys((row.data, row.base) for row in rows)
-    places = [place for place in places if place in others or (with_paper and not rows)] + [p for p in others if p not in places]
+    printed = [(data, base) for data in DATASETS for base in BASES]
+    places = list(dict.fromkeys((row.data, row.base) for row in rows)) or (printed if with_paper else [])
     columns = [(data, base, kind) for data, base in places for kind in ("SS-B", "GR-B")]
-    mine = {(row.data, row.base, row.method): row for row in rows}
-    methods = list(dict.fromkeys(row.method for row in rows))
-    methods.sort(key=lambda m: METHOD_ORDER.index(m) if m in METHOD_ORDER else len(METHOD_ORDER))
+    mine = {(row.data, row.base, row.label): row for row in rows}
+    labels = sorted({(row.method, row.label) for row in rows}, key=lambda names: (place(names[0], METHOD_ORDER), names[1]))
 
-    def ours(method: str, column: tuple[str, str, str]) -> float | None:
-        row = mine.get((*column[:2], method))
+    def mean(label: str, column: tuple[str, str, str]) -> float | None:
+        row = mine.get((*column[:2], label))
         cell = row and row.cell(column[2])
         return cell[0] if cell else None
 
     body = []
-    for method in methods:
-        values = [ours(method, column) for column in columns]
+    for method, label in labels:
+        values = [mean(label, column) for column in columns]
         if all(value is None for value in values):
             continue
-        body.append(([method], [("–" if value is None else f"{value:.2f}", False) for value in values]))
-        gains = [None if value is None or (b := ours(METHODS["none"], c)) is None else value - b for value, c in zip(values, columns)]
+        body.append(([label], [("–" if value is None else f"{value:.2f}", False) for value in values]))
+        below = [mean(METHODS["none"], column) for column in columns]  # None where there are several baselines
+        gains = [None if value is None or base is None else value - base for value, base in zip(values, below)]
         if method != METHODS["none"] and any(gain is not None for gain in gains):
             body.append((["Δ"], [("–" if gain is None else f"{gain:+.2f}", False) for gain in gains]))
-    if with_paper and any(place in [(d, b) for d in DATASETS for b in BASES] for place in places):
+    if with_paper and any(column[:2] in printed for column in columns):
         body += paper_3(columns)
     if not body:
         return None
@@ -283,26 +305,22 @@ def paper_3(columns: list[tuple[str, str, str]]) -> list[tuple[list[str], list[C
     order = [(data, base, kind) for data in DATASETS for base in BASES for kind in ("SS-B", "GR-B")]
 
     def computed(method: str, column: tuple[str, str, str]) -> float:
-        data, base, kind = column
-        means = [mean for mean, _ in paper.printed({"LIMA": 1, "Alpaca": 2}[data])[base, method]]
-        return fmean(means[:5] if kind == "SS-B" else means[5:8])
+        means = [mean for mean, _ in paper.printed({"LIMA": 1, "Alpaca": 2}[column[0]])[column[1], method]]
+        return fmean(means[:5] if column[2] == "SS-B" else means[5:8])
 
-    def cells(values: list[float], expected: Callable, form: str, slack: float) -> list[Cell]:
-        out = []
-        for column in columns:
-            if column not in order:
-                out.append(("–", False))
-                continue
-            value = values[order.index(column)]
-            out.append((format(value, form) + "‡" * (abs(value - expected(column)) >= slack), False))
-        return out
+    def cells(values: list[float], expected: Callable[[tuple[str, str, str]], float], form: str, slack: float) -> list[Cell]:
+        given = [values[order.index(column)] if column in order else None for column in columns]
+        marks = ["‡" * (value is not None and abs(value - expected(column)) >= slack) for value, column in zip(given, columns)]
+        return [("–" if value is None else format(value, form) + mark, False) for value, mark in zip(given, marks)]
+
+    def gain(method: str, column: tuple[str, str, str]) -> float:
+        return computed(method, column) - computed(METHODS["none"], column)
 
     body = []
     for method, (values, gains) in paper.printed_3().items():
         body.append(([method + PAPER], cells(values, partial(computed, method), ".2f", 0.0101)))
         if gains:
-            gain = lambda column, method=method: computed(method, column) - computed(METHODS["none"], column)  # noqa: E731
-            body.append((["Δ" + PAPER], cells(gains, gain, "+.2f", 0.0151)))
+            body.append((["Δ" + PAPER], cells(gains, partial(gain, method), "+.2f", 0.0151)))
     return body
 
 
@@ -321,16 +339,8 @@ def latex(table: Table) -> str:
     labels = ["Model", "Method", "Seeds"] if len(table.rows[0][0]) == 3 else ["Method"]
 
     def cell(text: str, bold: bool = False) -> str:
-        for sign, macro in (("&", r"\&"), ("%", r"\%"), ("_", r"\_"), ("#", r"\#")):
-            text = text.replace(sign, macro)
-        for sign, macro in (
-            ("±", r"$\pm$"),
-            ("†", r"$^\dagger$"),
-            ("‡", r"$^\ddagger$"),
-            ("Δ", r"$\Delta$"),
-            ("–", "--"),
-            ("η", r"$\eta$"),
-        ):
+        text = re.sub(r"([&%_#${}])", r"\\\1", text.translate({ord(sign): "-" for sign in "~^\\"}))
+        for sign, macro in (("±", r"$\pm$"), ("†", r"$^\dagger$"), ("‡", r"$^\ddagger$"), ("Δ", r"$\Delta$"), ("–", "--")):
             text = text.replace(sign, macro)
         return rf"\textbf{{{text}}}" if bold else text
 

@@ -11,7 +11,7 @@ A header whose questions fill several rows is computed in the first; the others 
 T tokens of the row, P of a remembered header, H query heads, K key/value heads, hd head width.
 """
 
-from functools import cached_property
+from functools import cache, cached_property
 from inspect import signature
 from itertools import accumulate
 
@@ -33,12 +33,13 @@ class Tree:
         parents: the segment that each goes on from, or -1.
         memory: the keys and values of segment 0, which then is not in the row.
         keep: a segment whose keys and values are wanted for the rows that follow; they are left in `kept`.
+        device: where the model is.
 
     One tree serves one forward: `attend` is called by each layer in turn.
     """
 
-    def __init__(self, lengths: list[int], parents: list[int], memory: Memory | None = None, keep: int | None = None):
-        self.lengths, self.parents, self.memory, self.keep = lengths, parents, memory, keep
+    def __init__(self, lengths: list[int], parents: list[int], memory: Memory | None = None, keep: int | None = None, device="cpu"):
+        self.lengths, self.parents, self.memory, self.keep, self.device = lengths, parents, memory, keep, device
         self.kept: Memory = []
         self.layer = 0
         self.starts = [0, *accumulate(lengths)]  # where each segment begins, and where the last one ends, counted over keys
@@ -49,7 +50,7 @@ class Tree:
         self.first = 0 if memory is None else 1  # the first segment in the row
         self.past = self.starts[self.first]  # keys that come before the row's own
 
-    def layout(self, device=None) -> Layout:
+    def layout(self) -> Layout:
         """What the model needs: the row's positions, each segment's after its parent's, and how it attends."""
         begin = []
         for parent in self.parents:
@@ -57,7 +58,7 @@ class Tree:
         count = torch.tensor(self.lengths)
         within = torch.arange(self.starts[-1]) - torch.tensor(self.starts[:-1]).repeat_interleave(count)
         positions = within + torch.tensor(begin).repeat_interleave(count)
-        return Layout(positions[None, self.past :].to(device), attention=self.attend)
+        return Layout(positions[None, self.past :].to(self.device), attention=self.attend)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(1, H, T, hd) queries, (1, K, T, hd) keys and values -> (1, H, T, hd)."""
@@ -82,7 +83,6 @@ class Tree:
         for above, start, stop, mask in self.pieces:
             seen = [*above, (start, stop)]
             keys, values = (torch.cat([x[:, :, a:b] for a, b in seen], 2) if above else x[:, :, start:stop] for x in (k, v))
-            mask = None if mask is None else mask.to(q.device)
             rows = slice(start - self.past, stop - self.past)
             y[:, :, rows] = F.scaled_dot_product_attention(
                 q[:, :, rows], keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
@@ -111,7 +111,7 @@ class Tree:
         token = torch.arange(self.starts[first], self.starts[last])  # (T',)
         end = torch.tensor(self.ends[first:last]).repeat_interleave(count)  # (T',)
         own = (token <= token[:, None]) & (token[:, None] < end)  # (T', T')
-        return torch.cat([torch.ones(len(token), above, dtype=torch.bool), own], 1)
+        return torch.cat([torch.ones(len(token), above, dtype=torch.bool), own], 1).to(self.device)
 
     # By the variable-length kernel: on a GPU.
 
@@ -124,11 +124,11 @@ class Tree:
         ends = torch.tensor(self.starts[self.first :], dtype=torch.int32, device=q.device) - self.past
         longest = max(self.lengths[self.first :])
         y, lse = varlen(q, k[self.past :], v[self.past :], ends, ends, longest, longest, window_size=(-1, 0), **extra)
-        y, lse = y.float(), by_token(lse, y)
-        for asking, asked, q_ends, k_ends, longest_q, longest_k in self.levels:
-            asking, asked, q_ends, k_ends = (x.to(q.device) for x in (asking, asked, q_ends, k_ends))
-            z, z_lse = varlen(q[asking], k[asked], v[asked], q_ends, k_ends, longest_q, longest_k, window_size=(-1, -1), **extra)
-            z_lse = by_token(z_lse, z)
+        turned = heads_first(varlen, q.dtype, q.device, q.shape[2])
+        y, lse = y.float(), (lse.T if turned else lse).float()  # (T, H, hd), (T, H)
+        for asking, asked, *bounds in self.levels:
+            z, z_lse = varlen(q[asking], k[asked], v[asked], *bounds, window_size=(-1, -1), **extra)
+            z_lse = (z_lse.T if turned else z_lse).float()
             both = torch.logaddexp(lse[asking], z_lse)  # (T', H)
             y[asking] = y[asking] * (lse[asking] - both).exp()[..., None] + z.float() * (z_lse - both).exp()[..., None]
             lse[asking] = both
@@ -149,10 +149,17 @@ class Tree:
             asked = [(self.starts[s], self.starts[s + 1]) for s in level]
             rows = [torch.cat([torch.arange(a, b) for a, b in spans]) for spans in (asking, asked)]
             bounds = [F.pad(torch.tensor([b - a for a, b in spans]).cumsum(0), (1, 0)).int() for spans in (asking, asked)]
-            out.append((*rows, *bounds, *(max(b - a for a, b in spans) for spans in (asking, asked))))
+            longest = [max(b - a for a, b in spans) for spans in (asking, asked)]
+            out.append((*(x.to(self.device) for x in (*rows, *bounds)), *longest))
         return out
 
 
-def by_token(lse: Tensor, y: Tensor) -> Tensor:
-    """(T, H) float32 of either (T, H) or (H, T): versions of torch differ."""
-    return (lse if lse.shape == y.shape[:2] else lse.T).float()
+@cache
+def heads_first(varlen, dtype: torch.dtype, device: torch.device, hd: int) -> bool:
+    """Whether the kernel's log-sum-exp is (H, T) and not (T, H): torch's documentation says one and FlashAttention returns the other."""
+    from torch.nn.attention.varlen import AuxRequest
+
+    one = torch.zeros(1, 2, hd, dtype=dtype, device=device)
+    ends = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    _, lse = varlen(one, one, one, ends, ends, 1, 1, window_size=(-1, 0), return_aux=AuxRequest(lse=True))
+    return lse.shape == (2, 1)

@@ -30,11 +30,13 @@ NO_COMMENT = "I have no comment."
 def targets(row: Row, name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """(choices, labels): released, a mapping from answer to 0 or 1; on the Hub, two lists."""
     inner = row.row(name)
-    given = inner.fields
-    choices, labels = (given["choices"], given["labels"]) if "labels" in given else (list(given), list(given.values()))
-    if not choices or len(choices) != len(labels) or not set(labels) <= {0, 1} or 1 not in labels:
+    if "choices" in inner.fields:
+        choices, labels = inner.strings("choices"), tuple(inner.get("labels", list))
+    else:
+        choices, labels = tuple(inner.fields), tuple(inner.fields.values())
+    if len(choices) != len(labels) or not all(label in (0, 1) for label in labels) or 1 not in labels:
         raise ValueError(f"{inner.where}: expected answers, each with a label 0 or 1, and one of them 1")
-    return tuple(choices), tuple(labels)
+    return choices, labels
 
 
 def load_choice(data: Path) -> list[Item]:

@@ -143,10 +143,17 @@ def test_without_network_one_message_says_what_to_fetch_and_where_to_put_it(tmp_
     assert len(done.stderr.strip().split("\n")) == 2
 
 
+def test_without_network_a_folder_that_has_other_files_says_the_same(tmp_path):
+    (tmp_path / "d" / "truthfulqa").mkdir(parents=True)
+    (tmp_path / "d" / "truthfulqa" / "TruthfulQA.csv").write_text("Question\n")
+    done = fetch("http://127.0.0.1:9", tmp_path, "--tasks", "truthfulqa_mc", "--to", "d")
+    assert done.returncode == 1 and "the Hub did not give it" in done.stderr and "no file like" not in done.stderr
+
+
 def test_parquet_without_pyarrow_is_said_before_anything_is_fetched(tmp_path, monkeypatch):
     from eval import download, hellaswag
 
     monkeypatch.setattr(download, "find_spec", lambda name: None)
-    monkeypatch.setattr(download, "download", partial(pytest.fail, "fetched"))
+    monkeypatch.setattr("huggingface_hub.HfApi", partial(pytest.fail, "asked the Hub"))
     with pytest.raises(ValueError, match=r'pip install -e "\.\[parquet\]"'):
         download.fetch(hellaswag.VALIDATION, tmp_path)

@@ -19,9 +19,10 @@ import eval.__main__ as command
 from data import Tokenizer
 from eval import arc_challenge, hellaswag, mathqa, mmlu, openbookqa, score, truthfulqa
 from eval.benchmarks import BENCHMARKS, task_names
-from eval.generate import end_tokens, respond, stopped, trimmed
+from eval.generate import Stopper, end_tokens, respond, trimmed
+from eval.pack import packed, rows, unpacked
 from eval.rows import Source
-from eval.score import Encoder, Item, log_likelihoods, mean, packed, pooled, predict, rows, unpacked
+from eval.score import Encoder, Item, log_likelihoods, mean, pooled, predict
 from eval.tree import Tree
 from model import Layout, Llama
 
@@ -86,8 +87,8 @@ def test_long_headers_and_questions_attend_in_pieces(tmp_path):
     header = ids(700)
     contexts = [header + ids(n) for n in (20, 600, 30, 5)]
     pairs = [(packed(context), ids(n)) for context in contexts for n in (1, 4, 90)]
-    for max_tokens in (900, 100_000):
-        assert len(rows(pairs, 2048, max_tokens)) == (2 if max_tokens == 900 else 1) or max_tokens == 900
+    for max_tokens, count in ((900, 2), (100_000, 1)):
+        assert len(rows(pairs, 2048, max_tokens)) == count
         found, _ = log_likelihoods(model, pairs, max_tokens)
         assert np.abs(found - alone(model, pairs)[0]).max() < 1e-4
 
@@ -103,29 +104,41 @@ def test_a_header_is_read_once_and_a_repeated_request_costs_nothing(tiny):
     assert all(row.size <= 50 for row in rows(pairs, 64, 50))
 
 
+class Rank:
+    """One of several ranks, whose messages the test carries."""
+
+    def __init__(self, rank: int, size: int, sent: dict):
+        self.rank, self.size, self.sent = rank, size, sent
+
+    def gather(self, what, value):
+        self.sent[self.rank] = json.loads(json.dumps(value))
+        return [] if self.rank else [self.sent[rank] for rank in range(self.size)]
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_share_the_questions_and_score_the_same(tiny, ranks):
-    model, _ = tiny
-    pairs = family(1)
-    found = np.zeros(len(pairs))
+def test_ranks_share_the_items_and_rank_0_has_them_in_order(tiny, ranks):
+    model, tokenizer = tiny
+    encoder = Encoder(tokenizer)
+    items = [Item(f"t{i % 2}", i // 2, f"the tide pool number {i // 2}", ("a", f"word {i}", "x" * (i % 5)), i % 3) for i in range(13)]
+    sent = {}
+    parts = [score.score(model, encoder, items, world=Rank(rank, ranks, sent)) for rank in reversed(range(ranks))]
+    assert parts[:-1] == [[]] * (ranks - 1)
+    for one, other in zip(parts[-1], score.score(model, encoder, items), strict=True):
+        assert one["loglikelihoods"] == pytest.approx(other["loglikelihoods"], abs=1e-4) and one["metrics"] == other["metrics"]
+    sent = {}
+    prompts = [(f"the water {i}", 5 + i % 2, ()) for i in range(7)]
+    texts = [respond(model, encoder, prompts, (), Rank(rank, ranks, sent)) for rank in reversed(range(ranks))]
+    assert texts[:-1] == [[]] * (ranks - 1) and texts[-1] == respond(model, encoder, prompts, ())
+    assert all(sent[rank] for rank in range(ranks)), "every rank should have a batch"
 
-    class Rank:
-        size = ranks
 
-        def __init__(self, rank):
-            self.rank = rank
-
-        def gather(self, what, value):
-            return []
-
-    parts = []
-    for rank in range(ranks):
-        mine, _ = log_likelihoods(model, pairs, 100, Rank(rank))
-        found += mine
-        parts.append(sum(row.size for row in rows(pairs, 64, 100, rank, ranks)))
-    assert np.abs(found - alone(model, pairs)[0]).max() < 1e-4
-    assert max(parts) < 1.4 * min(parts), "the ranks should finish together"
+@pytest.mark.fast
+def test_a_model_of_nan_has_no_score(tmp_path):
+    model = Llama.from_pretrained(tiny_folder(tmp_path))
+    model.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match="2 of 2 log-likelihoods are not finite; has the model diverged"):
+        log_likelihoods(model, [(packed([1, 2]), [3]), (packed([1]), [3, 4])])
 
 
 def plain_varlen(q, k, v, q_ends, k_ends, longest_q, longest_k, *, window_size, return_aux, enable_gqa=True):
@@ -147,17 +160,23 @@ def test_the_gpu_s_way_to_attend_is_the_cpu_s(remembered):
     """Level by level and joined by log-sum-exp, with a stand-in for the kernel, against masks."""
     torch.manual_seed(0)
     lengths, parents = [9, 5, 3, 1, 4, 6, 2, 7, 8], [-1, 0, 1, 1, 0, 0, 5, -1, 7]
-    memory = [(torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8))] if remembered else None
     T = sum(lengths) - 9 * remembered
-    q, k, v = torch.randn(1, 4, T, 8), torch.randn(1, 2, T, 8), torch.randn(1, 2, T, 8)
-    masks, levels = (Tree(lengths, parents, memory) for _ in range(2))
-    levels.by_masks = lambda q, k, v: levels.by_levels(q, k, v, plain_varlen)
-    expected = masks.attend(q, k, v)
-    assert torch.allclose(levels.attend(q, k, v), expected, atol=1e-5)
-    levels.layer = 0
-    turned = lambda *args, **kwargs: (lambda y, lse: (y, lse.T))(*plain_varlen(*args, **kwargs))  # noqa: E731
-    levels.by_masks = lambda q, k, v: levels.by_levels(q, k, v, turned)
-    assert torch.allclose(levels.attend(q, k, v), expected, atol=1e-5)
+
+    def turned(*args, **kwargs):
+        y, lse = plain_varlen(*args, **kwargs)
+        return y, lse.T  # (H, T), as FlashAttention has it
+
+    for heads in (4, T, 8):  # where there are as many tokens as heads, the shape does not tell which way the log-sum-exp lies
+        q, k, v = torch.randn(1, heads, T, 8), torch.randn(1, heads // 2, T, 8), torch.randn(1, heads // 2, T, 8)
+        memory = [(torch.randn(1, heads // 2, 9, 8), torch.randn(1, heads // 2, 9, 8))] if remembered else None
+        if heads % 2:
+            k, v = (torch.randn(1, heads, T, 8) for _ in range(2))
+            memory = [(torch.randn(1, heads, 9, 8), torch.randn(1, heads, 9, 8))] if remembered else None
+        expected = Tree(lengths, parents, memory).attend(q, k, v)
+        for kernel in (plain_varlen, turned):
+            tree = Tree(lengths, parents, memory)
+            tree.by_masks = lambda q, k, v, tree=tree, kernel=kernel: tree.by_levels(q, k, v, kernel)
+            assert torch.allclose(tree.attend(q, k, v), expected, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -184,8 +203,13 @@ def test_predictions_are_float32_whatever_the_hidden_states_are():
         found, greedy = predict(h, w, at, targets)
         assert found.dtype == torch.float32
         assert (found - log_p[at, targets]).abs().max() < 1e-4, "the rounding of bfloat16 logits would be 0.06 and more"
-    best = log_p[3].argmax().item()
-    assert predict(hidden, head, [3, 3], [best, best - 1])[1].tolist() == [True, False]
+    hidden, head = torch.randn(300, 16), torch.randn(20_000, 16)  # chunks of 128 places
+    at, targets = torch.randint(300, (900,)).tolist(), torch.randint(20_000, (900,)).tolist()
+    log_p = (hidden @ head.T).log_softmax(1)
+    targets[:100] = log_p[at[:100]].argmax(1).tolist()
+    found, greedy = predict(hidden, head, at, targets)
+    assert (found - log_p[at, targets]).abs().max() < 1e-4
+    assert greedy.tolist() == (log_p[at].argmax(1) == torch.tensor(targets)).tolist() and greedy[:100].all()
 
 
 # Metrics.
@@ -230,6 +254,26 @@ def test_a_bos_stands_where_it_is_asked_for_and_never_twice(tiny):
 
 
 @pytest.mark.fast
+def test_a_tokenizer_that_ends_every_text_is_refused(tmp_path, tiny):
+    folder = tiny_folder(tmp_path)
+    raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    _, tokenizer = tiny
+    names = [tokenizer.bos_token, tokenizer.end_token]
+    pieces = [
+        {"SpecialToken": {"id": names[0], "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": names[1], "type_id": 0}},
+    ]
+    known = {name: {"id": name, "ids": [tokenizer.id(name)], "tokens": [name]} for name in names}
+    raw["post_processor"] = {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": known}
+    (folder / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    ending = Tokenizer(folder, 512)
+    with pytest.raises(ValueError, match="tokenizer.json: puts a token behind every text"):
+        Encoder(ending, "auto")
+    assert Encoder(ending, "always")(["a"]) == Encoder(tokenizer, "always")(["a"])
+
+
+@pytest.mark.fast
 def test_the_seam_is_cut_by_the_context_s_own_tokens(tiny):
     _, tokenizer = tiny
     encoder = Encoder(tokenizer)
@@ -241,7 +285,9 @@ def test_the_seam_is_cut_by_the_context_s_own_tokens(tiny):
     merged = next((a, b) for a, b in [("th", "e"), ("wate", "r"), ("a", "nd")] if encode(a + b) != encode(a) + encode(b))
     context, continuation = split(*merged)
     assert unpacked(context).tolist() == encode(merged[0]) and continuation == encode("".join(merged))[len(encode(merged[0])) :]
-    assert split("", " a") == (packed([tokenizer.bos]), encode(" a"))
+    for nothing in ("", "  ", "\n\n"):
+        assert split(nothing, " a") == (packed([tokenizer.bos]), encode(f"{nothing} a"))
+    assert split("", f"{tokenizer.bos_token} a") == (packed([tokenizer.bos]), encode(" a"))
     texts = [(f"context {i}", f" choice {i}") for i in range(2 * score.ENCODED_AT_ONCE // 1000)] * 900
     assert list(encoder.pairs(texts))[-1] == split(*texts[-1])
 
@@ -344,6 +390,10 @@ def test_truthfulqa_prompts(tmp_path, monkeypatch):
     one, two, _, four = truthfulqa.load_choice(data)
     assert one.context == two.context == truthfulqa.PRIMER + "\n\nQ: Why? \nA:" and (one.choices, one.gold) == (("a", "b"), 0)
     assert two.gold == (1, 1, 0) and four.choices == ("b", "a") and four.gold == (0, 1)
+    for wrong in ({"a": 0, "b": 0}, {"choices": ["a"], "labels": [1, 0]}, {}, {"b": 0, "a": 1}):
+        given(tmp_path, monkeypatch, truthfulqa.CHOICE, [rows[0] | {"mc1_targets": wrong}], truthfulqa, "CHOICE")
+        with pytest.raises(ValueError, match=r"mc_task\.json:1: mc1_targets: (expected answers|the right answer is number 2)"):
+            truthfulqa.load_choice(data)
     assert truthfulqa.PRIMER.startswith("Q: What is human life expectancy in the United States?\nA: Human")
     assert truthfulqa.PRIMER.endswith("\n\nQ: Where were the 1992 Olympics held?\nA: The 1992 Olympics were held in Barcelona, Spain.")
 
@@ -366,12 +416,12 @@ def test_batches_of_any_size_write_the_same_and_stop_at_their_strings(tiny):
     texts = ["Once upon", "The water in the pool was", "Why is the sea salt?", "a", "He said that it's what " * 9]
     free = respond(model, encoder, [(text, 12, ()) for text in texts], ())
     stop = next(character for character in free[1] if character.strip())
-    prompts = [(text, 12, (stop,) * (i % 2)) for i, text in enumerate(texts)]
+    prompts = [(text, 12 - 5 * (i == 0), (stop,) * (i % 2)) for i, text in enumerate(texts)]
     one_by_one = [respond(model, encoder, [prompt], ())[0] for prompt in prompts]
     for cached_tokens in (1, 150, 10_000):
         assert respond(model, encoder, prompts, (), cached_tokens=cached_tokens) == one_by_one
-    assert one_by_one == [trimmed(text, (stop,) * (i % 2)) for i, text in enumerate(free)]
-    assert len({*one_by_one}) > 3
+    assert one_by_one[1:] == [trimmed(text, (stop,) * (i % 2)) for i, text in enumerate(free)][1:]
+    assert free[0].startswith(one_by_one[0]) and len(one_by_one[0]) < len(free[0]) and len({*one_by_one}) > 3
 
 
 @pytest.mark.fast
@@ -394,11 +444,30 @@ def test_rows_that_have_ended_leave_the_batch_and_change_no_other(tiny):
 @pytest.mark.fast
 def test_stop_strings_are_found_across_tokens():
     pieces = {0: "a", 1: "\n", 2: "\nb", 3: "END", 4: " of"}
-    decode = lambda ids: "".join(pieces[i] for i in ids)  # noqa: E731
-    assert stopped([0, 1, 2], ("\n\n",), decode) and not stopped([0, 1, 0, 2], ("\n\n",), decode)
-    assert stopped([0] * 30 + [3, 4], ("x", "END of"), decode) and not stopped([3, 0, 4], ("END of",), decode)
+
+    class Bar:
+        def update(self, n):
+            pass
+
+    def stopped(tokens, stops):
+        return Stopper(stops, lambda ids: "".join(pieces[i] for i in ids), Bar())(tokens)
+
+    assert stopped([0, 1, 2], ("\n\n",)) and not stopped([0, 1, 0, 2], ("\n\n",)) and not stopped([0, 1, 2], ())
+    assert stopped([0] * 30 + [3, 4], ("x", "END of")) and not stopped([3, 0, 4], ("END of",))
     assert trimmed("one. two", (".", "e", "")) == "on"
     assert trimmed("\n\nrest", ("\n\n",)) == ""
+
+
+@pytest.mark.fast
+def test_prompts_are_cut_from_the_left_to_leave_room(tiny):
+    model, tokenizer = tiny
+    encoder = Encoder(tokenizer)
+    text = "the water in the pool was warm and " * 9
+    kept = encoder([text])[0][-(64 - 40) :]
+    (expected,) = model.generate([kept], 40)
+    assert respond(model, encoder, [(text, 40, ())], ()) == [trimmed(tokenizer.decode(expected), (tokenizer.end_token,))]
+    with pytest.raises(ValueError, match="up to 64 new tokens leave no room for a prompt in this model's window of 64"):
+        respond(model, encoder, [("a", 64, ())], ())
 
 
 @pytest.mark.fast
@@ -433,11 +502,18 @@ def test_the_command_scores_goes_on_and_keeps_what_it_has(tmp_path):
     again = run("--tasks", "arc_challenge,openbookqa", *flags, cwd=tmp_path)
     assert again.returncode == 0 and "already has arc_challenge" in again.stdout
     after = json.loads((tmp_path / "eval-base.json").read_text())
-    assert after["tasks"].pop("openbookqa")["n"] == 3 and after == before
+    assert after["tasks"].pop("openbookqa")["n"] == 3 and after["samples"].pop("bytes") > before["samples"].pop("bytes") and after == before
+    assert after["tasks"]["mmlu"]["made"]["versions"]["torch"] == torch.__version__
     lines = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
     assert len(lines) == 3 + 3 * 57 + 3
     assert lines[0].keys() == {"task", "doc_id", "prompt", "gold", "continuations", "loglikelihoods", "greedy", "metrics"}
     assert lines[0]["prompt"].startswith("Question: ") and all(choice.startswith(" ") for choice in lines[0]["continuations"])
+    with open(tmp_path / "items.jsonl", "a") as f:
+        f.write('{"task": "of an interrupted run')
+    third = run("--tasks", "mathqa", *flags, cwd=tmp_path)
+    assert third.returncode == 0, third.stderr
+    grown = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    assert grown[: len(lines)] == lines and [row["task"] for row in grown[len(lines) :]] == ["mathqa"] * 3
     other = run("--tasks", "openbookqa", *flags, "--bos", "always", cwd=tmp_path)
     assert other.returncode == 1 and "holds results with settings" in other.stderr and "Traceback" not in other.stderr
 
@@ -536,7 +612,19 @@ def test_a_model_folder_without_tokenizer_or_another_model_s_results_are_refused
     (tmp_path / "r.json").write_text("{")
     assert "r.json: not readable as JSON" in refused("--model", str(BASE), *flags, "--out", "r.json")
     (tmp_path / "s.jsonl").write_text("mine\n")
-    assert "s.jsonl: exists" in refused("--model", str(BASE), *flags, "--samples", "s.jsonl")
+    assert "s.jsonl: exists" in refused("--model", str(BASE), *flags, "--samples", "s.jsonl", "--out", "new/e.json")
+    about = {
+        "fingerprint": command.fingerprint(BASE),
+        "settings": {"bos": "never", "dtype": "bfloat16", "limit": None},
+        "tasks": {"mmlu": {}},
+    }
+    for theirs, said in ((None, "results without samples"), ({"file": "t.jsonl", "bytes": 3}, "samples in t.jsonl"),
+                         ({"file": "s.jsonl", "bytes": 30}, "s.jsonl: shorter than when")):  # fmt: skip
+        (tmp_path / "r.json").write_text(json.dumps(about | {"samples": theirs}))
+        assert said in refused("--model", str(BASE), *flags, "--samples", "s.jsonl", "--out", "r.json")
+    assert (tmp_path / "s.jsonl").read_text() == "mine\n"
+    (tmp_path / "r.json").write_text(json.dumps({"tasks": 3}))
+    assert "r.json: not a result" in refused("--model", str(BASE), *flags, "--out", "r.json")
 
 
 @pytest.mark.parametrize(

@@ -165,8 +165,11 @@ def test_rolling_likelihoods_and_generation_are_the_harness_s(setting):
     asked = [Asked(text, how) for text in ("Once upon a time", "Q: Why is the sea salt?", "One day, a bird", "a " * 900)]
     asked += [Asked("The cat sat", {"until": [], "max_gen_toks": 40})]
     assert ours.generate_until(asked) == theirs.generate_until(asked)
-    with pytest.raises(ValueError, match="sampling"):
-        ours.generate_until([Asked("x", {"do_sample": True})])
+    how = {"do_sample": False, "temperature": 1, "max_completion_tokens": 5, "top_p": 0.9}
+    assert ours.generate_until([Asked("The cat sat", how)]) == theirs.generate_until([Asked("The cat sat", how)])
+    for how, said in (({"do_sample": True}, "sampling"), ({"temperature": 0.7}, "sampling"), ({"num_beams": 4}, "asks for num_beams")):
+        with pytest.raises(ValueError, match=said):
+            ours.generate_until([Asked("x", how)])
 
 
 def generated(names: list[str], per_task: int, tokens: int) -> dict[str, list[str]]:
@@ -220,6 +223,51 @@ def test_ifeval_responses_get_the_harness_s_verdicts():
     assert 100 < held < 700, "the texts should follow some of the instructions, and not others"
 
 
+def test_generation_tasks_ask_for_what_the_harness_asks_for(tmp_path):
+    """Prompts, stop strings, lengths, and what responses come to over all items."""
+    from lm_eval.api.model import LM
+
+    class Echo(LM):
+        """Answers with a part of the question, and remembers what was asked."""
+
+        def generate_until(self, requests, disable_tqdm=False):
+            self.asked = {r.task_name: [] for r in requests} | getattr(self, "asked", {})
+            for r in requests:
+                self.asked[r.task_name].append(r.args)
+            return [answer(r.args[0]) for r in requests]
+
+        loglikelihood = loglikelihood_rolling = None
+
+    def answer(prompt: str) -> str:
+        return prompt[-60:].lower() if len(prompt) % 2 else f"* {prompt[-40:]}\n\n{prompt[:50]}"
+
+    random.seed(0)
+    echo = Echo()
+    found = run_harness(echo, harness_tasks(tmp_path, ["truthfulqa_gen", "ifeval"], ROWS))
+    for name in ("truthfulqa_gen", "ifeval"):
+        prompts = BENCHMARKS[name].load(DATA)[:ROWS]
+        for prompt, (text, how) in zip(prompts, echo.asked[name], strict=True):
+            assert (prompt.text, list(prompt.stops), prompt.max_new_tokens) == (text, how["until"], how.get("max_gen_toks", 256))
+            assert not how["do_sample"]
+        summary = BENCHMARKS[name].summarize({name: [prompt.judge(answer(prompt.text)) for prompt in prompts]})
+        theirs = {key.removesuffix(",none"): value for key, value in found["results"][name].items() if key.endswith(",none")}
+        assert len(theirs) == (24 if name == "truthfulqa_gen" else 8)
+        for key, value in theirs.items():
+            if value != "N/A":  # of a metric that is not a mean
+                assert summary[key] == pytest.approx(value, abs=1e-9), (name, key)
+    assert summary["unsettled_keys"] == [1122, 1129] and 0.05 < summary["inst_level_loose_acc"] < 0.95
+
+
+def test_a_group_s_error_is_the_harness_s():
+    from lm_eval.api.metrics import pooled_sample_stderr
+
+    draw = np.random.default_rng(0)
+    rows = {f"mmlu_{s}": [{"acc": float(x)} for x in draw.integers(0, 2, n)] for s, n in zip(SUBJECTS, (100, 7, 31, 2))}
+    found = BENCHMARKS["mmlu"].summarize(rows)
+    errors, sizes = zip(*((part["acc_stderr"], part["n"]) for part in found["subjects"].values()))
+    assert found["acc_stderr"] == pytest.approx(pooled_sample_stderr(list(errors), list(sizes)))
+
+
 def test_the_command_runs_a_task_of_the_harness(tmp_path, capsys, monkeypatch):
     from eval import harness
 
@@ -227,11 +275,24 @@ def test_the_command_runs_a_task_of_the_harness(tmp_path, capsys, monkeypatch):
     path = tmp_path / "openbookqa.yaml"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"task": "openbookqa_here"}))
     harness.main(
-        ["--model", str(DEMO / "base"), "--tasks", "openbookqa_here", "--include-path", str(tmp_path), "--out", str(tmp_path / "r.json")]
+        [
+            "--model",
+            str(DEMO / "base"),
+            "--tasks",
+            "openbookqa_here",
+            "--include-path",
+            str(tmp_path),
+            "--out",
+            str(tmp_path / "new" / "r.json"),
+        ]
     )
     assert "openbookqa_here" in capsys.readouterr().out
-    assert math.isfinite(json.loads((tmp_path / "r.json").read_text())["results"]["openbookqa_here"]["acc,none"])
+    assert math.isfinite(json.loads((tmp_path / "new" / "r.json").read_text())["results"]["openbookqa_here"]["acc,none"])
     with pytest.raises(SystemExit, match="exists"):
-        harness.main(["--model", str(DEMO / "base"), "--tasks", "openbookqa", "--out", str(tmp_path / "r.json")])
-    with pytest.raises(SystemExit, match="no such task"):
-        harness.main(["--model", str(DEMO / "base"), "--tasks", "openbokqa"])
+        harness.main(["--model", str(DEMO / "base"), "--tasks", "openbookqa", "--out", str(tmp_path / "new" / "r.json")])
+    for flags, said in (
+        (["--tasks", "openbokqa"], "no such task; nearest: openbookqa"),
+        (["--tasks", "openbookqa", "--limit", "-3"], "--limit -3"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            harness.main(["--model", str(DEMO / "base"), *flags])

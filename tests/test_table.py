@@ -94,6 +94,38 @@ def test_files_of_one_model_are_put_together_and_other_settings_make_another_row
     assert cells(text, "no fine-tuning: benchmarks")[2][:3] == ["model", "as given", "1"]
 
 
+def test_rows_of_one_method_keep_its_place_and_the_gains_their_baseline(tmp_path, capsys):
+    paths = [
+        result(tmp_path / f"{i}.json", "lima-8b-rho1", eta=eta, clip=clip)
+        for i, (eta, clip) in enumerate([(0.4, 1.0), (0.4, 2.0), (0.8, 1.0)])
+    ]
+    paths += [result(tmp_path / "t0.json", "lima-8b-tfidf", 0, micro_batch_tokens=4096), result(tmp_path / "t1.json", "lima-8b-tfidf", 1)]
+    paths += [result(tmp_path / "base.json", "lima-8b-sft", shift=-0.1)]
+    text = printed(paths, capsys=capsys)
+    labels = ["Baseline-SFT", "Rho-1 (clip 1.0, eta 0.4)", "Rho-1 (clip 1.0, eta 0.8)", "Rho-1 (clip 2.0, eta 0.4)", "TF-IDF"]
+    assert [row[1] for row in cells(text, "LIMA: benchmarks")[2:]] == labels
+    assert cells(text, "LIMA: benchmarks")[-1][2] == "2", "the cut into micro-batches does not change a step of scope step"
+    third = cells(text, "Subject-specific and general-reasoning averages")
+    assert [row[0] for row in third[2:]] == [name for label in labels for name in ([label] if label == labels[0] else [label, "Δ"])]
+    assert third[4][1] == "+10.00"
+
+
+@pytest.mark.parametrize(
+    "data, name",
+    [("/data/climate.json", "climate.json"), ("/home/lima/alpaca.json", "Alpaca"), ("x/lima/train.jsonl.gz", "LIMA"),
+     ("lima_train.jsonl", "LIMA"), ("hf://datasets/yahma/alpaca-cleaned/alpaca_data_cleaned.json", "Alpaca"), ("/lima/a/b.json", "b.json")],
+)  # fmt: skip
+def test_a_data_set_is_known_by_its_file_or_folder(data, name):
+    assert table.data_name({"data": data}) == name
+
+
+def test_a_method_is_named_by_what_was_trained():
+    named = lambda **run: table.method_name({"grouper": "tfidf", "lam_max": 0.9, "worst": "max"} | run)  # noqa: E731
+    assert named() == "TF-IDF" and named(lam_max=0, worst="important") == named(grouper="none", lam_max=0) == "Baseline-SFT"
+    assert named(worst="important") == "TF-IDF, worst important" and named(grouper="rho1", worst="important") == "Rho-1"
+    assert named(grouper="rho1") == "Rho-1, worst max" and table.base_name("/x/llama-3.2-3b") == "Llama-3.2-3B"
+
+
 def test_a_column_that_a_seed_lacks_is_left_open(tmp_path, capsys):
     paths = [result(tmp_path / "a.json", "lima-8b-tfidf", 0), result(tmp_path / "b.json", "lima-8b-tfidf", 1, found={"mmlu": {"acc": 0.5}})]
     row = cells(printed(paths, capsys=capsys), "LIMA: benchmarks")[2]
@@ -139,6 +171,7 @@ def test_latex_has_the_same_cells(tmp_path, capsys):
         ("score", "mmlu has another score than in"),
         ("json", "not readable as JSON"),
         ("other", "not a result of `python -m eval`"),
+        ("run", "its run is not a configuration of train.py"),
         ("none", "no results given"),
         ("empty", "no task in it"),
     ],
@@ -151,6 +184,12 @@ def test_what_does_not_go_together_is_refused(tmp_path, case, said):
         two.write_text(two.read_text().replace('"never"', '"always"'))
     elif case == "seed":
         result(two, "lima-3b-tfidf", fingerprint="other")
+    elif case == "run":
+        two.write_text(
+            json.dumps(
+                {"model": "m", "fingerprint": "f", "settings": json.loads(one.read_text())["settings"], "tasks": {}, "run": {"model": "m"}}
+            )
+        )
     elif case == "score":
         result(two, "lima-3b-tfidf", shift=0.1)
     else:
