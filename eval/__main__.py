@@ -101,38 +101,45 @@ def earlier(out: Path, samples: Path | None, about: dict) -> dict:
         raise ValueError(f"{out}: not a result of `python -m eval`; choose another --out")
     for name in ("fingerprint", "settings"):
         if before.get(name) != about[name]:
-            other = "another model's results" if name == "fingerprint" else f"results with settings {before.get(name)}, now {about[name]}"
+            was, now = before.get(name), about[name]
+            changed = [f"{k} {was.get(k)}, now {now[k]}" for k in now if was.get(k) != now[k]] if isinstance(was, dict) else []
+            other = f"another model's results ({before.get('model')})" if name == "fingerprint" else f"results with {'; '.join(changed)}"
             raise ValueError(f"{out}: holds {other}; choose another --out, or move it away")
     theirs = before.get("samples")
-    if samples is None:
-        before["samples"] = None  # tasks without samples from here on
-    elif theirs is None or theirs["file"] != str(samples):
-        kept = f"samples in {theirs['file']}" if theirs else "results without samples"
+    if samples and (theirs is None or theirs["file"] != str(samples)):
+        kept = f"results whose samples are in {theirs['file']}" if theirs else "results without samples"
         raise ValueError(f"{out}: holds {kept}; choose another --out, to have all samples in one file")
-    elif samples.exists() and samples.stat().st_size and not out.exists():
-        raise ValueError(f"{samples}: exists; choose another --samples, or move it away")
-    else:
-        if (samples.stat().st_size if samples.exists() else 0) < theirs["bytes"]:
-            raise ValueError(f"{samples}: shorter than when {out} was written; move both away")
-        with open(samples, "ab") as f:
+    if theirs:  # also where --samples is not given again
+        file = Path(theirs["file"])
+        size = file.stat().st_size if file.exists() else 0
+        if size and not out.exists():
+            raise ValueError(f"{file}: exists; choose another --samples, or move it away")
+        if size < theirs["bytes"]:
+            raise ValueError(f"{file}: shorter than when {out} was written; move both away")
+        with open(file, "ab") as f:
             f.truncate(theirs["bytes"])
     return before
 
 
 def evaluate(args: argparse.Namespace, world: World) -> Path:
     """Score the model on each task in turn; after each, its line is printed and the results file written."""
-    data = Path(args.data)
-    items = {name: first(BENCHMARKS[name].load(data), args.limit) for name in args.tasks}
-    folder = world.before_others("model", lambda: resolve(args.model))
-    cfg = LlamaConfig.from_folder(folder)
-    tokenizer = Tokenizer(folder, cfg.vocab_size)
-    stop_ids = end_tokens(folder, tokenizer)
-    for name, found in items.items():
-        if isinstance(found[0], Prompt):
-            require_room(found[0].max_new_tokens, cfg.max_position_embeddings, name)
-    encoder = Encoder(tokenizer, args.bos)
-
     out, samples = Path(args.out) if args.out else default_out(args.model), Path(args.samples) if args.samples else None
+    if out.is_dir() or (samples and out.resolve() == samples.resolve()):
+        raise ValueError(f"--out {out}: {'a folder' if out.is_dir() else 'also --samples'}, expected a file of its own")
+    if (Path(args.model) / "model" / "config.json").is_file():
+        raise ValueError(f"--model {args.model}: the folder of a run; its model is {Path(args.model) / 'model'}")
+
+    def prepare() -> tuple:
+        items = {name: first(BENCHMARKS[name].load(Path(args.data)), args.limit) for name in args.tasks}
+        folder = resolve(args.model)
+        cfg = LlamaConfig.from_folder(folder)
+        tokenizer = Tokenizer(folder, cfg.vocab_size)
+        for name, found in items.items():
+            if isinstance(found[0], Prompt):
+                require_room(found[0].max_new_tokens, cfg.max_position_embeddings, name)
+        return items, folder, Encoder(tokenizer, args.bos), end_tokens(folder, tokenizer)
+
+    items, folder, encoder, stop_ids = world.before_others("data and tokenizer", prepare)
     settings = {name: getattr(args, name) for name in ("bos", "dtype", "limit")}
     about = {"model": args.model, "fingerprint": None, "run": run_of(Path(args.model)), "settings": settings}
     about["fingerprint"] = world.first("fingerprint", lambda: fingerprint(folder))
@@ -147,7 +154,10 @@ def evaluate(args: argparse.Namespace, world: World) -> Path:
     model = Llama.from_pretrained(folder, dtype, dtype, world.device).eval()
     where = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or platform.machine()
     made = {"device": where, "ranks": world.size, "versions": versions(), "git_commit": git_commit()}
-    print(HEAD)
+    size = sum(p.numel() for p in model.parameters())
+    print(
+        f"{args.model}: {size / 1e6:,.1f}M parameters in {args.dtype} on {where}; BOS {args.bos}; results go to {out}\n{HEAD}", flush=True
+    )
     for name in todo:
         began = time.monotonic()
         mine = items.pop(name)
@@ -161,11 +171,10 @@ def evaluate(args: argparse.Namespace, world: World) -> Path:
         summary = BENCHMARKS[name].summarize(by_task(mine, scored))
         timed = {"seconds": round(seconds, 2), "items_per_second": round(len(mine) / seconds, 2)}
         about["tasks"][name] = summary | {"made": made | timed}
-        if samples:
-            about["samples"]["bytes"] = save_samples(samples, mine, scored)
+        if kept := about["samples"]:
+            kept["bytes"] = save_samples(Path(kept["file"]), mine, scored)
         write_json(out, about)
         print(line(name, len(mine), summary, seconds), flush=True)
-    print(f"results: {out}")
     return out
 
 
@@ -180,7 +189,7 @@ def save_samples(path: Path, items: list[Item] | list[Prompt], scored: list[dict
     return path.stat().st_size
 
 
-HEAD = f"{'task':<16}{'items':>7}   {'scores, % (± standard error)':<76}{'seconds':>9}{'items/s':>9}"
+HEAD = f"{'task':<16}{'items':>7}{'seconds':>9}{'items/s':>9}   scores, % (± standard error)"
 
 
 def line(name: str, n: int, summary: dict, seconds: float) -> str:
@@ -196,7 +205,7 @@ def line(name: str, n: int, summary: dict, seconds: float) -> str:
             scores.append(f"{label} {100 * value:.2f}" + ("" if error is None else f" ± {100 * error:.2f}"))
     if "categories" in summary:
         scores += [f"{key} {100 * part['acc']:.2f}" for key, part in summary["categories"].items() if part["n"]]
-    return f"{name:<16}{n:>7,}   {', '.join(scores):<76}{seconds:>9.1f}{n / seconds:>9.1f}"
+    return f"{name:<16}{n:>7,}{seconds:>9.1f}{n / seconds:>9.1f}   {', '.join(scores)}"
 
 
 def main() -> None:
@@ -208,7 +217,8 @@ def main() -> None:
     except (ValueError, OSError) as e:
         if world is not None:
             world.fault(e)
-        sys.exit(f"error: {e}")
+        told = world is not None and world.rank and str(e).startswith("rank 0: ")  # rank 0 has said it
+        sys.exit(1 if told else f"error: {e}")
     except RuntimeError as e:
         if world is not None:
             world.fault(e)
@@ -216,7 +226,7 @@ def main() -> None:
             raise
         sys.exit(f"error: out of memory ({str(e).splitlines()[0]}); lower --batch-tokens, or leave the GPU to this job alone")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on with the tasks that are not in the results file")
+        sys.exit("interrupted; the same command goes on after the last task that has its line, the one at work begins anew")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ BENCHMARKS = {
 
 def task_names(given: str) -> list[str]:
     """The tasks in "a,b", each once; "all" is every one."""
-    names = list(BENCHMARKS) if given == "all" else list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
+    names = list(BENCHMARKS) if given == "all" else list(dict.fromkeys(name.strip().lower() for name in given.split(",") if name.strip()))
     for name in names:
         if name not in BENCHMARKS:
             near = get_close_matches(name, BENCHMARKS, 3, 0.5) or list(BENCHMARKS)

@@ -30,8 +30,9 @@ def get(source: Source, into: Path) -> None:
     """The files of one split from the Hub, under their paths there."""
     from huggingface_hub import HfApi, hf_hub_download  # comes with tokenizers
 
+    by_hand = f"or put the released {source.file} (or .gz) into {into}"
     if source.pattern.endswith(".parquet") and find_spec("pyarrow") is None:
-        raise ValueError(f'{source.repository}: its files are parquet; to read them: pip install -e ".[parquet]"')
+        raise ValueError(f'{source.repository}: its files are parquet; to read them: pip install -e ".[parquet]"; {by_hand}')
     pattern = source.pattern.removeprefix("**/")
     try:
         about = HfApi().dataset_info(source.repository)
@@ -39,11 +40,9 @@ def get(source: Source, into: Path) -> None:
         for name in names:
             hf_hub_download(source.repository, name, repo_type="dataset", revision=about.sha, local_dir=into)
     except Exception as e:  # the Hub's client raises many kinds
-        raise not_given(source.repository, f'--repo-type dataset --include "{pattern}" --local-dir {into}', e) from e
+        raise not_given(source.repository, f'--repo-type dataset --include "{pattern}" --local-dir {into}\n{by_hand}', e) from e
     if not names:
-        raise ValueError(
-            f"{source.repository}: the Hub has no file like {pattern} there any more; put the released {source.file} into {into}"
-        )
+        raise ValueError(f"{source.repository}: the Hub has no file like {pattern} there any more; {by_hand.removeprefix('or ')}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         except (ValueError, OSError) as e:
             missed.append(str(e))
     if missed:
-        sys.exit("error: " + "\n".join(missed))
+        sys.exit("error: " + "\nerror: ".join(missed))
 
 
 if __name__ == "__main__":

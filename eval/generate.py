@@ -12,6 +12,8 @@ from eval.score import Encoder
 from files import read_json
 from model import Llama
 
+OTHERS = "or score the others: --tasks mmlu,mmlu_5shot,mathqa,arc_challenge,openbookqa,hellaswag,truthfulqa_mc"  # without an extra
+
 
 @dataclass(frozen=True)
 class Prompt:

@@ -5,7 +5,7 @@ import random
 from functools import cache
 from pathlib import Path
 
-from eval.generate import Prompt
+from eval.generate import OTHERS, Prompt
 from eval.rows import Source
 from eval.score import Results, mean
 
@@ -20,13 +20,13 @@ def checks() -> dict:
         import langdetect
         import nltk
     except ImportError as e:
-        raise ValueError('ifeval takes the lm-evaluation-harness; install it with: pip install -e ".[harness]"') from e
+        raise ValueError(f'ifeval takes the lm-evaluation-harness; install it with: pip install -e ".[harness]"; {OTHERS}') from e
     try:
         nltk.data.find("tokenizers/punkt_tab/english")
     except LookupError as e:
         raise ValueError(
             "ifeval counts sentences with NLTK's punkt_tab, which is not here: python -m nltk.downloader punkt_tab "
-            "(or set NLTK_DATA to the folder that holds tokenizers/punkt_tab)"
+            f"(or set NLTK_DATA to the folder that holds tokenizers/punkt_tab); {OTHERS}"
         ) from e
     langdetect.DetectorFactory.seed = 0
     logging.getLogger("lm_eval.tasks.ifeval.instructions").setLevel(logging.CRITICAL)  # it complains of each text without letters

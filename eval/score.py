@@ -8,7 +8,7 @@ T tokens of a packed row, P places in it that predict, N predictions, V vocabula
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -103,7 +103,7 @@ class Encoder:
         spelled = set(bare)
         return [ids if i in spelled else [bos, *ids] for i, ids in enumerate(found)]
 
-    def pairs(self, requests: list[tuple[str, str]]) -> Iterator[Pair]:
+    def pairs(self, requests: Iterable[tuple[str, str]]) -> Iterator[Pair]:
         """(context, continuation) of each request, in tokens.
 
         White space at the end of a context goes to the continuation. The continuation's tokens are those that the whole has

@@ -90,6 +90,11 @@ RUN = {"model", "data", "grouper", "lam_max", "worst", "scope", "seed"}  # what 
 
 def read(path: Path) -> dict:
     """One result file of `python -m eval`."""
+    if not path.is_file():
+        inside = path / "eval.json"
+        raise ValueError(
+            f"{path}: " + (f"a folder; its results are {inside}" if inside.is_file() else "no such file; `python -m eval` writes it")
+        )
     result = read_json(path)
     run = result.get("run")
     if not {"model", "fingerprint", "settings", "tasks"} <= result.keys() or not isinstance(result["tasks"], dict):
@@ -196,7 +201,8 @@ def shown(cell: tuple[float, float | None] | None, mark: str = "") -> str:
 def bold_best(rows: list[list[tuple[float, float | None] | None]]) -> list[list[bool]]:
     """Which cells have their column's highest mean, to the printed digits, where there is anything to compare."""
     best = [max((round(row[i][0], 2) for row in rows if row[i]), default=None) for i in range(len(rows[0]))]
-    return [[bool(cell) and len(rows) > 1 and round(cell[0], 2) == best[i] for i, cell in enumerate(row)] for row in rows]
+    least = [min((round(row[i][0], 2) for row in rows if row[i]), default=None) for i in range(len(rows[0]))]
+    return [[bool(cell) and round(cell[0], 2) == best[i] != least[i] for i, cell in enumerate(row)] for row in rows]
 
 
 PAPER = " (paper)"
@@ -231,11 +237,11 @@ def tables(rows: list[Entry], settings: dict, with_paper: bool) -> list[Table]:
     """Every table for which there is a row."""
     numbers = {"LIMA": (1, 5, 6), "Alpaca": (2, 7, 8)}
     data = list(dict.fromkeys([row.data for row in rows] + (list(DATASETS) if with_paper and not rows else [])))
-    note = f"Percent, mean ± standard deviation over seeds. BOS {settings.get('bos', 'never')}, {settings.get('dtype', '')}.".replace(
-        ", .", "."
-    )
+    note = "Percent, mean ± standard deviation over seeds; –: not scored, or not for every seed. "
+    note += "Bold: the highest of a model's rows, and of the paper's rows."
+    note += f" BOS {settings['bos']}, {settings['dtype']}." if settings else ""
     if settings.get("limit"):
-        note += f" Only the first {settings['limit']} items of each task: not comparable with anything."
+        note += f" Only the first items, {settings['limit']} of each task (in MMLU, of each subject): not comparable with anything."
     out = []
     kinds = (("benchmarks", (*MAIN, "Avg.")), ("TruthfulQA", (*TRUTHFULQA, "TruthfulQA")), ("IFEval", (*IFEVAL, "IFEval")))
     for name in data:
@@ -249,6 +255,8 @@ def tables(rows: list[Entry], settings: dict, with_paper: bool) -> list[Table]:
             notes = [note] + [MARKED] * any("‡" in text for _, cells in body for text, _ in cells)
             if kind == "benchmarks":
                 notes.append("† acc, as in the other columns; the paper does not say whether its ARC-C is acc or acc_norm.")
+            if with_paper and (unknown := [base for base in bases if not (number and base in BASES)]):
+                notes.append(f"The paper has no rows for {', '.join(unknown)} on {name}.")
             where = f" (the paper's Table {number})" if number else ""
             out.append(Table(f"{name}: {kind}{where}", heads, body, notes))
             if kind == "benchmarks" and mine:

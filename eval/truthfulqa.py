@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.generate import Prompt
+from eval.generate import OTHERS, Prompt
 from eval.rows import Row, Source
 from eval.score import Item, Results, mean
 
@@ -97,7 +97,7 @@ def metrics():
         from rouge_score.rouge_scorer import RougeScorer
         from sacrebleu.metrics import BLEU
     except ImportError as e:
-        raise ValueError('truthfulqa_gen takes sacrebleu and rouge-score; install them with: pip install -e ".[harness]"') from e
+        raise ValueError(f'truthfulqa_gen takes sacrebleu and rouge-score; install them with: pip install -e ".[harness]"; {OTHERS}') from e
     return BLEU(tokenize="intl", smooth_method="exp", smooth_value=0.0), RougeScorer(["rouge1", "rouge2", "rougeLsum"])
 
 

@@ -496,7 +496,8 @@ def test_the_command_scores_goes_on_and_keeps_what_it_has(tmp_path):
     flags = ("--model", str(BASE), "--data", str(DATA), "--limit", "3", "--samples", "items.jsonl")
     first = run("--tasks", "arc_challenge,mmlu", *flags, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    assert re.search(r"arc_challenge +3 +acc \d+\.\d\d ± \d+\.\d\d, acc_norm", first.stdout) and "results: eval-base.json" in first.stdout
+    assert re.search(r"^arc_challenge +3 +\d+\.\d +\d+\.\d +acc \d+\.\d\d ± \d+\.\d\d, acc_norm", first.stdout, re.M)
+    assert "3.4M parameters in bfloat16" in first.stdout and "results go to eval-base.json" in first.stdout
     before = json.loads((tmp_path / "eval-base.json").read_text())
     assert before["tasks"]["mmlu"]["n"] == 3 * 57 and len(before["tasks"]["mmlu"]["subjects"]) == 57
     again = run("--tasks", "arc_challenge,openbookqa", *flags, cwd=tmp_path)
@@ -510,12 +511,12 @@ def test_the_command_scores_goes_on_and_keeps_what_it_has(tmp_path):
     assert lines[0]["prompt"].startswith("Question: ") and all(choice.startswith(" ") for choice in lines[0]["continuations"])
     with open(tmp_path / "items.jsonl", "a") as f:
         f.write('{"task": "of an interrupted run')
-    third = run("--tasks", "mathqa", *flags, cwd=tmp_path)
+    third = run("--tasks", "mathqa", *flags[:-2], cwd=tmp_path)  # without --samples: they still go where the others are
     assert third.returncode == 0, third.stderr
     grown = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
     assert grown[: len(lines)] == lines and [row["task"] for row in grown[len(lines) :]] == ["mathqa"] * 3
     other = run("--tasks", "openbookqa", *flags, "--bos", "always", cwd=tmp_path)
-    assert other.returncode == 1 and "holds results with settings" in other.stderr and "Traceback" not in other.stderr
+    assert other.returncode == 1 and "holds results with bos never, now always" in other.stderr and "Traceback" not in other.stderr
 
 
 @needs_data
@@ -567,7 +568,7 @@ def test_unknown_tasks_are_refused_with_the_nearest_names(refused):
     assert "nearest: truthfulqa_mc, truthfulqa_gen" in refused("--model", "m", "--tasks", "mmlu,truthfulqa")
     assert "names no task" in refused("--model", "m", "--tasks", ",")
     assert "--limit 0" in refused("--model", "m", "--limit", "0")
-    assert task_names("mmlu, ifeval,mmlu") == ["mmlu", "ifeval"] and len(task_names("all")) == 9
+    assert task_names("MMLU, ifeval,mmlu") == ["mmlu", "ifeval"] and len(task_names("all")) == 9
 
 
 @pytest.mark.fast
@@ -618,13 +619,17 @@ def test_a_model_folder_without_tokenizer_or_another_model_s_results_are_refused
         "settings": {"bos": "never", "dtype": "bfloat16", "limit": None},
         "tasks": {"mmlu": {}},
     }
-    for theirs, said in ((None, "results without samples"), ({"file": "t.jsonl", "bytes": 3}, "samples in t.jsonl"),
+    for theirs, said in ((None, "results without samples"), ({"file": "t.jsonl", "bytes": 3}, "results whose samples are in t.jsonl"),
                          ({"file": "s.jsonl", "bytes": 30}, "s.jsonl: shorter than when")):  # fmt: skip
         (tmp_path / "r.json").write_text(json.dumps(about | {"samples": theirs}))
         assert said in refused("--model", str(BASE), *flags, "--samples", "s.jsonl", "--out", "r.json")
     assert (tmp_path / "s.jsonl").read_text() == "mine\n"
     (tmp_path / "r.json").write_text(json.dumps({"tasks": 3}))
     assert "r.json: not a result" in refused("--model", str(BASE), *flags, "--out", "r.json")
+    assert "also --samples" in refused("--model", str(BASE), *flags, "--out", "x", "--samples", "./x")
+    assert "a folder" in refused("--model", str(BASE), *flags, "--out", "bare")
+    bare.rename(tmp_path / "model")
+    assert f"its model is {tmp_path / 'model'}" in refused("--model", str(tmp_path), *flags)
 
 
 @pytest.mark.parametrize(
@@ -638,7 +643,7 @@ def test_a_missing_extra_is_named_with_its_command(refused, benchmark, package, 
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     told = refused("--model", str(BASE), "--tasks", benchmark, "--data", "d")
-    assert said in told and 'pip install -e ".[harness]"' in told
+    assert said in told and 'pip install -e ".[harness]"' in told and "or score the others: --tasks mmlu,mmlu_5shot" in told
 
 
 def test_missing_punkt_tab_is_said_with_the_command_that_fetches_it(refused, monkeypatch):

@@ -243,9 +243,9 @@ def test_generation_tasks_ask_for_what_the_harness_asks_for(tmp_path):
 
     random.seed(0)
     echo = Echo()
-    found = run_harness(echo, harness_tasks(tmp_path, ["truthfulqa_gen", "ifeval"], ROWS))
+    found = run_harness(echo, harness_tasks(tmp_path, ["truthfulqa_gen", "ifeval"], 24))
     for name in ("truthfulqa_gen", "ifeval"):
-        prompts = BENCHMARKS[name].load(DATA)[:ROWS]
+        prompts = BENCHMARKS[name].load(DATA)[:24]
         for prompt, (text, how) in zip(prompts, echo.asked[name], strict=True):
             assert (prompt.text, list(prompt.stops), prompt.max_new_tokens) == (text, how["until"], how.get("max_gen_toks", 256))
             assert not how["do_sample"]

@@ -61,16 +61,16 @@ def test_seeds_make_one_row_with_mean_and_deviation_and_the_best_in_bold(tmp_pat
     assert base[:3] == ["Llama-3.2-3B", "Baseline-SFT", "2"] and tfidf[:3] == ["Llama-3.2-3B", "TF-IDF", "3"]
     assert base[3] == f"46.00 ± {100 * stdev([0.45, 0.47]):.2f}" and tfidf[3] == "**51.00 ± 1.00**"
     truthfulqa, ifeval = 100 * (0.31 + 0.32 + 0.33 + 0.34 + 0.25 + 0.45) / 6, 25.0
-    assert tfidf[9:11] == [f"**{truthfulqa:.2f} ± 0.00**", f"**{ifeval:.2f} ± 0.00**"]
+    assert tfidf[9:11] == [f"{truthfulqa:.2f} ± 0.00", f"{ifeval:.2f} ± 0.00"], "all are equal: none is best"
     average = (50 + 60 + 30 + 40 + 20 + 55 + 6 * 1 + truthfulqa + ifeval) / 8
     assert tfidf[-1].startswith(f"**{average:.2f} ± ")
     assert cells(text, "LIMA: acc_norm of the same runs")[2][3:] == [
-        "**15.00 ± 0.00**",
-        "**20.00 ± 0.00**",
-        "**10.00 ± 0.00**",
-        "**27.50 ± 0.00**",
+        "15.00 ± 0.00",
+        "20.00 ± 0.00",
+        "10.00 ± 0.00",
+        "27.50 ± 0.00",
     ]
-    assert cells(text, "LIMA: TruthfulQA (the paper's Table 5)")[3][3] == "**31.00 ± 0.00**"
+    assert cells(text, "LIMA: TruthfulQA (the paper's Table 5)")[3][3] == "31.00 ± 0.00"
     assert [row[3:] for row in cells(text, "LIMA: IFEval (the paper's Table 6)")][0] == [*table.IFEVAL, "Avg."]
     assert [
         c.split(" ")[0].strip("*") for c in cells(text, "LIMA: IFEval (the paper's Table 6)")[2][3:]
@@ -128,7 +128,10 @@ def test_a_method_is_named_by_what_was_trained():
 
 def test_a_column_that_a_seed_lacks_is_left_open(tmp_path, capsys):
     paths = [result(tmp_path / "a.json", "lima-8b-tfidf", 0), result(tmp_path / "b.json", "lima-8b-tfidf", 1, found={"mmlu": {"acc": 0.5}})]
-    row = cells(printed(paths, capsys=capsys), "LIMA: benchmarks")[2]
+    text = printed(paths, "--paper", capsys=capsys)
+    row = cells(text, "LIMA: benchmarks")[2]
+    assert "–: not scored, or not for every seed" in text and "The paper has no rows" not in text
+    assert "The paper has no rows for model on no fine-tuning." in printed([result(tmp_path / "c.json", None)], "--paper", capsys=capsys)
     assert row[3] == "50.00 ± 0.00" and row[4:] == ["–"] * 8
 
 
@@ -173,6 +176,8 @@ def test_latex_has_the_same_cells(tmp_path, capsys):
         ("other", "not a result of `python -m eval`"),
         ("run", "its run is not a configuration of train.py"),
         ("none", "no results given"),
+        ("missing", "no such file; `python -m eval` writes it"),
+        ("folder", "eval.json"),
         ("empty", "no task in it"),
     ],
 )
@@ -194,7 +199,12 @@ def test_what_does_not_go_together_is_refused(tmp_path, case, said):
         result(two, "lima-3b-tfidf", shift=0.1)
     else:
         two.write_text({"json": "{", "other": "{}"}.get(case, ""))
-    paths = {"none": [], "empty": [one]}.get(case, [one, two])
+    if case in ("missing", "folder"):
+        two.unlink()
+    if case == "folder":
+        two.mkdir()
+        one.rename(two / "eval.json")
+    paths = {"none": [], "empty": [one], "folder": [two]}.get(case, [one, two])
     with pytest.raises(SystemExit, match=re.escape(said)) as e:
         table.main(list(map(str, paths)))
     assert str(e.value).startswith("error: ")
