@@ -112,7 +112,7 @@ def test_rows_of_one_method_keep_its_place_and_the_gains_their_baseline(tmp_path
 
 @pytest.mark.parametrize(
     "data, name",
-    [("/data/climate.json", "climate.json"), ("/home/lima/alpaca.json", "Alpaca"), ("x/lima/train.jsonl.gz", "LIMA"),
+    [("/data/climate.json", "climate.json"), ("/data/oldlima.json", "oldlima.json"), ("/home/lima/alpaca.json", "Alpaca"), ("x/lima/train.jsonl.gz", "LIMA"),
      ("lima_train.jsonl", "LIMA"), ("hf://datasets/yahma/alpaca-cleaned/alpaca_data_cleaned.json", "Alpaca"), ("/lima/a/b.json", "b.json")],
 )  # fmt: skip
 def test_a_data_set_is_known_by_its_file_or_folder(data, name):
