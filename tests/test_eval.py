@@ -21,7 +21,7 @@ from eval import arc_challenge, hellaswag, mathqa, mmlu, openbookqa, score, trut
 from eval.benchmarks import BENCHMARKS, task_names
 from eval.generate import Stopper, end_tokens, respond, trimmed
 from eval.pack import packed, rows, unpacked
-from eval.rows import Source
+from eval.rows import Row, Source, read_file
 from eval.score import Encoder, Item, log_likelihoods, mean, pooled, predict
 from eval.tree import Tree
 from model import Layout, Llama
@@ -630,6 +630,45 @@ def test_a_model_folder_without_tokenizer_or_another_model_s_results_are_refused
     assert "a folder" in refused("--model", str(BASE), *flags, "--out", "bare")
     bare.rename(tmp_path / "model")
     assert f"its model is {tmp_path / 'model'}" in refused("--model", str(tmp_path), *flags)
+
+
+@pytest.mark.fast
+def test_odd_fields_are_refused_where_they_stand(tmp_path):
+    assert Row("f:1", {"correct": "c"}).index("correct", tuple("abcde")) == 2
+    with pytest.raises(ValueError, match="f:1: correct is 'bc', expected one of a, b"):
+        Row("f:1", {"correct": "bc"}).index("correct", tuple("abcde"))
+    for wrong in (
+        {"labels": [1, 0]},
+        {"choices": ["a", "b"]},
+        {"choices": ["a"], "labels": None},
+        {"choices": 3, "labels": [1]},
+        {"a": [1]},
+    ):
+        with pytest.raises(ValueError, match="^f:1: mc1_targets: expected "):
+            truthfulqa.targets(Row("f:1", {"mc1_targets": wrong}), "mc1_targets")
+    path = tmp_path / "a.csv"
+    path.write_text('Question\n"' + "x" * 200_000)
+    with pytest.raises(ValueError, match="a.csv: not CSV .*quotation mark"):
+        read_file(path)
+
+
+def test_ifeval_is_refused_a_window_it_cannot_answer_in(refused, tmp_path):
+    pytest.importorskip("lm_eval", reason="IFEval's checks are the lm-evaluation-harness's: pip install -e \".[harness]\"")
+    if not (DATA / "ifeval").is_dir():
+        pytest.skip(f"needs the benchmarks in {DATA} (SFTGO_SHARED)")
+    folder = tiny_folder(tmp_path / "tiny", max_position_embeddings=1024)
+    told = refused("--model", str(folder), "--tasks", "ifeval", "--data", str(DATA))
+    assert "ifeval: up to 1,280 new tokens leave no room" in told
+
+
+@needs_data
+def test_what_stops_one_rank_stops_both(tmp_path):
+    wrong = run("--model", str(BASE), "--tasks", "mmlu", "--data", "nowhere", cwd=tmp_path, ranks=2)
+    assert wrong.returncode != 0 and wrong.stderr.count("nowhere: no such folder") == 1, "rank 0 speaks for all"
+    bare = tiny_folder(tmp_path / "bare")
+    (bare / "model.safetensors").write_bytes(b"no tensors")
+    done = run("--model", str(bare), "--data", str(DATA), "--tasks", "openbookqa", "--limit", "2", cwd=tmp_path, ranks=2)
+    assert done.returncode != 0 and "model.safetensors: not a whole safetensors file" in done.stderr
 
 
 @pytest.mark.parametrize(
