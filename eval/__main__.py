@@ -10,7 +10,6 @@ import os
 import platform
 import sys
 import time
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 from cache import file_digest
 from checkpoint import World, git_commit
 from data import Tokenizer
+from eval import command_line
 from eval.benchmarks import BENCHMARKS, task_names
 from eval.generate import Prompt, end_tokens, require_room, write
 from eval.score import BOS, Encoder, Item, by_task, score
@@ -29,12 +29,7 @@ LIBRARIES = ("torch", "tokenizers", "numpy", "sacrebleu", "rouge-score", "lm-eva
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval",
-        description="Score a model on the paper's benchmarks. Tasks: " + ", ".join(BENCHMARKS) + ".",
-        allow_abbrev=False,
-        formatter_class=partial(argparse.HelpFormatter, max_help_position=26, width=110),
-    )
+    parser = command_line("python -m eval", "Score a model on the paper's benchmarks. Tasks: " + ", ".join(BENCHMARKS) + ".")
     add = parser.add_argument
     add("--model", required=True, metavar="PATH", help="folder in the published layout, OUT/model of a run for one, or a Hub name")
     add("--tasks", default="all", metavar="A,B", help="names with commas between (default: all)")
@@ -123,8 +118,9 @@ def earlier(out: Path, samples: Path | None, about: dict) -> dict:
 
 def evaluate(args: argparse.Namespace, world: World) -> Path:
     """Score the model on each task in turn; after each, its line is printed and the results file written."""
-    out, samples = Path(args.out) if args.out else default_out(args.model), Path(args.samples) if args.samples else None
-    if out.is_dir() or (samples and out.resolve() == samples.resolve()):
+    out = Path(args.out) if args.out else default_out(args.model)
+    samples = Path(args.samples).resolve() if args.samples else None  # the results name it, and may go on from another folder
+    if out.is_dir() or out.resolve() == samples:
         raise ValueError(f"--out {out}: {'a folder' if out.is_dir() else 'also --samples'}, expected a file of its own")
     if (Path(args.model) / "model" / "config.json").is_file():
         raise ValueError(f"--model {args.model}: the folder of a run; its model is {Path(args.model) / 'model'}")

@@ -1,12 +1,11 @@
 """Fetch the benchmarks' files from the Hub: `python -m eval.download --to benchmarks`. Run again, it fetches what is missing."""
 
-import argparse
 import fnmatch
 import sys
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+from eval import command_line
 from eval.benchmarks import BENCHMARKS, task_names
 from eval.rows import READ, Source
 from files import not_given
@@ -46,11 +45,8 @@ def get(source: Source, into: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.download",
-        description="Fetch the benchmarks' test sets from the Hub into a folder that `python -m eval --data` reads.",
-        allow_abbrev=False,
-        formatter_class=partial(argparse.HelpFormatter, max_help_position=26, width=110),
+    parser = command_line(
+        "python -m eval.download", "Fetch the benchmarks' test sets from the Hub into a folder that `python -m eval --data` reads."
     )
     parser.add_argument("--tasks", default="all", metavar="A,B", help=f"of {', '.join(BENCHMARKS)} (default: all)")
     parser.add_argument("--to", default="benchmarks", metavar="PATH", help="the folder to fill (default: benchmarks)")

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from data import Tokenizer
-from eval.score import Encoder
+from eval.score import ALONE, Encoder
 from files import read_json
 from model import Llama
 
@@ -32,7 +32,7 @@ def respond(
     encoder: Encoder,
     prompts: list[tuple[str, int, tuple[str, ...]]],
     stop_ids: tuple[int, ...],
-    world=None,
+    world=ALONE,
     cached_tokens: int | None = None,
     name: str = "writing",
 ) -> list[str]:
@@ -50,7 +50,7 @@ def respond(
     Raises:
         ValueError: the new tokens alone would fill the window.
     """
-    window, tokenizer, ranks = model.cfg.max_position_embeddings, encoder.tokenizer, 1 if world is None else world.size
+    window, tokenizer = model.cfg.max_position_embeddings, encoder.tokenizer
     for _, most, _ in prompts:
         require_room(most, window, name)
     cached_tokens = cached_tokens or room_for(model)
@@ -60,10 +60,10 @@ def respond(
     for i in order[1:]:
         batch, (_, most, stops) = batches[-1], prompts[batches[-1][0]]
         alike = prompts[i][1:] == (most, stops)
-        if not alike or (len(batch) + 1) * (len(ids[batch[0]]) + most) > cached_tokens or len(batch) * ranks >= len(prompts):
+        if not alike or (len(batch) + 1) * (len(ids[batch[0]]) + most) > cached_tokens or len(batch) * world.size >= len(prompts):
             batches.append([])
         batches[-1].append(i)
-    mine = batches if world is None else batches[world.rank :: ranks]
+    mine = batches[world.rank :: world.size]
     texts: dict[int, str] = {}
     with tqdm(desc=name, total=sum(map(len, mine)), unit="item", disable=None, leave=False) as bar:
         for batch in mine:
@@ -72,9 +72,9 @@ def respond(
             for i, tokens in zip(batch, model.generate([ids[i] for i in batch], most, stop_ids=stop_ids, ended=stopper)):
                 texts[i] = trimmed(tokenizer.decode(tokens), (*stops, tokenizer.end_token))
             bar.update(len(batch) - stopper.stopped)
-    for part in [] if world is None else world.gather(name, list(texts.items())):
-        texts |= dict(map(tuple, part))
-    return [] if world is not None and world.rank else [texts[i] for i in range(len(prompts))]
+    parts = world.gather(name, list(texts.items()))
+    texts = {i: text for part in parts for i, text in part}
+    return [texts[i] for i in range(len(prompts))] if parts else []
 
 
 def require_room(most: int, window: int, name: str) -> None:
@@ -133,7 +133,7 @@ def end_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def write(
-    model: Llama, encoder: Encoder, prompts: list[Prompt], stop_ids: tuple[int, ...], world=None, name: str = "writing"
+    model: Llama, encoder: Encoder, prompts: list[Prompt], stop_ids: tuple[int, ...], world=ALONE, name: str = "writing"
 ) -> list[dict]:
     """What each item gives: the response and its metrics (rank 0; the others get nothing)."""
     texts = respond(model, encoder, [(p.text, p.max_new_tokens, p.stops) for p in prompts], stop_ids, world, name=name)

@@ -5,15 +5,14 @@
 Needs the extra `harness`. The harness fetches its tasks' data itself.
 """
 
-import argparse
 import sys
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from data import Tokenizer
+from eval import command_line
 from eval.generate import end_tokens, respond
 from eval.score import BOS, Encoder, log_likelihoods, packed
 from files import resolve, write_json
@@ -76,11 +75,8 @@ class SFTGO(LM):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.harness",
-        description="Run tasks of the lm-evaluation-harness on a model folder, with this project's model and scorer.",
-        allow_abbrev=False,
-        formatter_class=partial(argparse.HelpFormatter, max_help_position=26, width=110),
+    parser = command_line(
+        "python -m eval.harness", "Run tasks of the lm-evaluation-harness on a model folder, with this project's model and scorer."
     )
     add = parser.add_argument
     add("--model", required=True, metavar="PATH", help="folder in the published layout, OUT/model of a run for one, or a Hub name")

@@ -2,7 +2,7 @@
 
 import logging
 import random
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from eval.generate import OTHERS, Prompt
@@ -50,37 +50,31 @@ def load(data: Path) -> list[Prompt]:
         for name, given in zip(names, arguments):
             if missing := [a for a in known[name]("").get_instruction_args_keys() if a not in given]:
                 raise ValueError(f"{row.where}: {name} without {', '.join(missing)}; the harness would draw it at random")
-        prompts.append(Prompt("ifeval", i, row.get("prompt"), 1280, (), Instructions(row.get("prompt"), names, tuple(arguments))))
+        prompts.append(Prompt("ifeval", i, row.get("prompt"), 1280, (), partial(judge, row.get("prompt"), names, tuple(arguments))))
     return prompts
 
 
-class Instructions:
+def judge(prompt: str, names: tuple[str, ...], arguments: tuple[dict, ...], response: str) -> dict:
     """Which of a prompt's instructions a response follows, strictly and loosely."""
+    verdicts = {}
+    for how, texts in (("strict", [response]), ("loose", variants(response))):
+        held = [holds(prompt, name, given, texts) for name, given in zip(names, arguments)]
+        verdicts |= {f"prompt_level_{how}_acc": float(all(held)), f"inst_level_{how}_acc": held}
+    return verdicts
 
-    def __init__(self, prompt: str, names: tuple[str, ...], arguments: tuple[dict, ...]):
-        self.prompt, self.names, self.arguments = prompt, names, arguments
 
-    def __call__(self, response: str) -> dict:
-        strict = [self.holds(i, [response]) for i in range(len(self.names))]
-        loose = [self.holds(i, variants(response)) for i in range(len(self.names))]
-        return {
-            "prompt_level_strict_acc": float(all(strict)),
-            "inst_level_strict_acc": strict,
-            "prompt_level_loose_acc": float(all(loose)),
-            "inst_level_loose_acc": loose,
-        }
-
-    def holds(self, i: int, texts: list[str]) -> bool:
-        state = random.getstate()
-        random.seed(0)  # where a checker draws a letter (DRAWN) it always draws the same
-        try:
-            check = checks()[self.names[i]](self.names[i])
-            check.build_description(**self.arguments[i])
-            if "prompt" in (check.get_instruction_args() or {}):
-                check.build_description(prompt=self.prompt)
-            return any(text.strip() and check.check_following(text) for text in texts)
-        finally:
-            random.setstate(state)
+def holds(prompt: str, name: str, arguments: dict, texts: list[str]) -> bool:
+    """Whether one of the texts follows an instruction."""
+    state = random.getstate()
+    random.seed(0)  # where a checker draws a letter (DRAWN) it always draws the same
+    try:
+        check = checks()[name](name)
+        check.build_description(**arguments)
+        if "prompt" in (check.get_instruction_args() or {}):
+            check.build_description(prompt=prompt)
+        return any(text.strip() and check.check_following(text) for text in texts)
+    finally:
+        random.setstate(state)
 
 
 def variants(response: str) -> list[str]:

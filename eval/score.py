@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from model import Llama
 BOS = ("never", "auto", "always")
 ENCODED_AT_ONCE = 2048  # requests whose texts are tokenized in one call
 Results = dict[str, list[dict]]  # the metrics of each item, by the harness's name of its task
+ALONE = SimpleNamespace(rank=0, size=1, gather=lambda what, value: [value])  # what `checkpoint.World` is without other ranks
 
 
 @dataclass(frozen=True)
@@ -205,20 +207,18 @@ def matmul(x: Tensor, head: Tensor) -> Tensor:
 
 
 def score(
-    model: Llama, encoder: Encoder, items: list[Item], max_tokens: int | None = None, world=None, name: str = "scoring"
+    model: Llama, encoder: Encoder, items: list[Item], max_tokens: int | None = None, world=ALONE, name: str = "scoring"
 ) -> list[dict]:
     """What each item gives: the choices' log-likelihoods, whether each is the greedy one, and the metrics.
 
     Ranks of a `world` share the items, those of one `doc_id` on one rank; rank 0 gets all of it, the others an empty list.
     """
-    mine = [item for item in items if world is None or item.doc_id % world.size == world.rank]
+    mine = [item for item in items if item.doc_id % world.size == world.rank]
     values, greedy = log_likelihoods(model, encoder.item_pairs(mine, name), max_tokens, name)
     out, begin = [], 0
     for item in mine:
         here = slice(begin, begin := begin + len(item.choices))
         out.append({"loglikelihoods": values[here].tolist(), "greedy": greedy[here].tolist(), "metrics": item.score(values[here])})
-    if world is None:
-        return out
     parts = [iter(part) for part in world.gather(name, out)]
     return [next(parts[item.doc_id % world.size]) for item in items] if parts else []
 
@@ -226,6 +226,6 @@ def score(
 def by_task(items: list, scored: list[dict]) -> Results:
     """The items' metrics by task, in the items' order."""
     out = defaultdict(list)
-    for item, row in zip(items, scored):
+    for item, row in zip(items, scored, strict=True):
         out[item.task].append(row["metrics"])
     return out

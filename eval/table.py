@@ -3,19 +3,18 @@
 Runs that differ in nothing but the seed make one row, mean ± standard deviation (n - 1) over seeds; the best of a column is bold.
 """
 
-import argparse
 import json
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from statistics import fmean, stdev
 
 from checkpoint import training
-from eval import paper
+from eval import command_line, paper
 from files import read_json
 
 METHODS = {"none": "Baseline-SFT", "rho1": "Rho-1", "tfidf": "TF-IDF", "llmlingua2": "LLMLingua-2"}
@@ -32,31 +31,26 @@ NORMED = {"MathQA": "mathqa", "ARC-C": "arc_challenge", "OpenBookQA": "openbookq
 # Results to rows.
 
 
+PATHS = {  # where a result file has each column's score
+    "MMLU:0": ("mmlu", "acc"),
+    "MMLU:5": ("mmlu_5shot", "acc"),
+    **{column: (task, "acc") for column, task in NORMED.items()},
+    **{f"{column} acc_norm": (task, "acc_norm") for column, task in NORMED.items()},
+    **{column: ("truthfulqa_gen", f"{name}_acc") for column, name in zip(TRUTHFULQA, ("bleu", "rouge1", "rouge2", "rougeL"))},
+    **{column: ("truthfulqa_mc", column.lower(), "acc") for column in TRUTHFULQA[4:]},
+    **{column: ("ifeval", "{}_level_{}_acc".format(*column.lower().split())) for column in IFEVAL},
+}
+AVERAGES = {"TruthfulQA": TRUTHFULQA, "IFEval": IFEVAL, "Avg.": MAIN, "SS-B": SUBJECT, "GR-B": REASONING}
+
+
 def scores(tasks: dict) -> dict[str, float]:
     """Every column that a run's tasks give, in percent; an average stands where all of its parts do."""
     out = {}
-
-    def put(column: str, task: str, *keys: str) -> None:
-        value = tasks.get(task)
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is not None:
+    for column, path in PATHS.items():
+        value = reduce(lambda found, key: found.get(key, {}) if isinstance(found, dict) else {}, path, tasks)
+        if isinstance(value, float):
             out[column] = 100 * value
-
-    put("MMLU:0", "mmlu", "acc")
-    put("MMLU:5", "mmlu_5shot", "acc")
-    for column, task in NORMED.items():
-        put(column, task, "acc")
-        put(f"{column} acc_norm", task, "acc_norm")
-    for column in TRUTHFULQA[:4]:
-        put(column, "truthfulqa_gen", f"{column.lower().replace('rougel', 'rougeL')}_acc")
-    for column in TRUTHFULQA[4:]:
-        put(column, "truthfulqa_mc", column.lower(), "acc")
-    for column in IFEVAL:
-        level, how = column.lower().split()
-        put(column, "ifeval", f"{level}_level_{how}_acc")
-    averages = (("TruthfulQA", TRUTHFULQA), ("IFEval", IFEVAL), ("Avg.", MAIN), ("SS-B", SUBJECT), ("GR-B", REASONING))
-    for column, parts in averages:
+    for column, parts in AVERAGES.items():
         if all(part in out for part in parts):
             out[column] = fmean(out[part] for part in parts)
     return out
@@ -369,12 +363,7 @@ def latex(table: Table) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.table",
-        description="Print results of `python -m eval` as the paper's tables.",
-        allow_abbrev=False,
-        formatter_class=partial(argparse.HelpFormatter, max_help_position=26, width=110),
-    )
+    parser = command_line("python -m eval.table", "Print results of `python -m eval` as the paper's tables.")
     parser.add_argument("results", nargs="*", metavar="RESULT.json", help="results of any number of runs and seeds")
     parser.add_argument("--paper", action="store_true", help="the paper's own rows below ours; alone: the paper's tables")
     parser.add_argument("--format", default="markdown", choices=("markdown", "latex"), help="(default: markdown)")

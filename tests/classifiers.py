@@ -1,6 +1,7 @@
 """Stand-ins for the two published LLMLingua-2 classifiers: their architectures and kinds of tokenizer, random weights."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -39,11 +40,15 @@ def classifier_folder(parent: str | Path, kind: str, texts: list[str], vocab_siz
 def word_piece(texts: list[str], vocab_size: int) -> tuple[Tokenizer, dict]:
     """As in bert-base-multilingual-cased."""
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    split = pre_tokenizers.BertPreTokenizer()
+    words = Counter(word for text in texts for word, _ in split.pre_tokenize_str(text))
+    characters = sorted({character for word in words for character in word})
+    pieces = [*special.values(), *characters, *(f"##{character}" for character in characters)]
+    pieces += sorted(words.keys() - {*pieces}, key=lambda word: (-words[word], word))[: vocab_size - len(pieces)]  # the trainer's differ
+    tokenizer = Tokenizer(models.WordPiece(dict(zip(pieces, range(len(pieces)))), unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*special.values()], show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = split
+    tokenizer.add_special_tokens([*special.values()])
     return tokenizer, {"tokenizer_class": "BertTokenizer", "do_lower_case": False, **special}
 
 

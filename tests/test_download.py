@@ -121,7 +121,7 @@ def test_prompts_that_are_answered_in_words_are_read_alike_too(hub, tmp_path):
     for name in ("truthfulqa_gen", "ifeval"):
         both = [BENCHMARKS[name].load(folder) for folder in (tmp_path / "d", DATA)]
         for one, two in zip(*both, strict=True):
-            assert (one.task, one.doc_id, one.text, vars(one.judge)) == (two.task, two.doc_id, two.text, vars(two.judge))
+            assert (one.task, one.doc_id, one.text, one.judge.args) == (two.task, two.doc_id, two.text, two.judge.args)
 
 
 @needs_data

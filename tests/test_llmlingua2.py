@@ -109,9 +109,10 @@ def test_words_and_probabilities_are_the_packages(folders, kind):
 
 def test_the_package_overfills_a_window_that_a_full_stop_would_end_one_piece_late(folders):
     """Its windows may reach 511 pieces; it then cuts off its own closing token, and the whole window reads otherwise."""
-    classifier, text = Classifier(folders[MBERT]), prose(1500, seed=1)
-    ids, _, starts = classifier.pieces([text])
-    assert classifier.ends_sentence[ids[510]] and classifier.windows(ids, starts)[0] == (0, 509)
+    classifier = Classifier(folders[MBERT])
+    found = ((text, *classifier.pieces([text])) for text in (prose(1500, seed) for seed in range(100)))
+    text, ids, _, starts = next(of_seed for of_seed in found if classifier.ends_sentence[of_seed[1][510]])
+    assert classifier.windows(ids, starts)[0][1] < 510
     theirs, own = package_words(folders[MBERT], [text]), our_words(classifier, [text])
     assert [word for word, _ in own] == [word for word, _ in theirs]
     assert max(abs(ours - its) for (_, ours), (_, its) in zip(own[:400], theirs)) > 1e-2
