@@ -1,17 +1,17 @@
-"""SFT-GO (Kim et al., arXiv 2506.15021) as code: Eq. 1-5, and the cross-entropy they are made of.
+"""SFT-GO (Kim et al., arXiv 2506.15021) as code: Eq. 1-5, and the cross-entropy they are made of. Imports torch only.
 
     paper                     here
     w in s                    one supervised token of a sample: a position where `loss_mask` is True
-    g(w, s) in {1, 0}  Eq. 1  `group` / `important`: the grouper's verdict on that token
-    G1, G0             Eq. 2  index 1 (important) and index 0 (unimportant) of `nats` and `tokens`
-    L_GO               Eq. 3  `sft_go`
-    L_worst            Eq. 4  `worst` inside it
+    g(w, s) in {1, 0}  Eq. 1  `group`: the grouper's verdict on that token, 1 important and 0 not
+    G1, G0             Eq. 2  index 1 and index 0 of `nats` and `tokens`
+    L_GO, L_worst    Eq. 3-4  `sft_go`
     lambda_t           Eq. 5  `lam_at`
 
-The whole method needs two numbers of each group, a sum of nats and a count of tokens. Sums add up over micro-batches
-and ranks, means and maxima do not, so everything here is a function of sums. Imports torch only; knows no model and no trainer.
+All that the objective needs of a step is, for each group, a sum of nats and a count of tokens. Sums add up over
+micro-batches and ranks; means and maxima do not. So an objective here is a function of (nats, tokens), and a trainer
+is exact however it cuts its step.
 
-N target positions, V vocabulary, D model width.
+N target positions, V vocabulary, D model width, K groups (the paper has two).
 """
 
 import torch
@@ -20,92 +20,77 @@ from torch.autograd.function import once_differentiable
 
 
 def group_sums(nll: Tensor, group: Tensor, loss_mask: Tensor, groups: int = 2) -> tuple[Tensor, Tensor]:
-    """Nats and tokens of each group (Eq. 2): all that the objective needs to know of a batch.
+    """Nats and tokens of each group (Eq. 2).
 
     Args:
         nll:       (...) float, nats per token, carries the gradient.
-        group:     (...) bool or int, 1 important and 0 not; read only where `loss_mask` is True.
+        group:     (...) bool or int, the group of each token, 0 ... K - 1; read only where `loss_mask` is True.
         loss_mask: (...) bool, True on the tokens that are trained on.
-        groups:    how many groups there are; the paper has two.
+        groups:    K.
 
     Returns:
-        nats, tokens: (groups,) each, nll's dtype and int64.
-
-    A position outside `loss_mask` gets a gradient of exactly zero, whatever stands there, `nan` included.
+        nats, tokens: (K,) each. Outside `loss_mask` the gradient is exactly zero, even where nll is nan.
     """
-    if not nll.shape == group.shape == loss_mask.shape:
+    if not nll.shape == group.shape == loss_mask.shape or loss_mask.dtype != torch.bool:
         raise ValueError(
-            f"nll is {tuple(nll.shape)}, group {tuple(group.shape)}, loss_mask {tuple(loss_mask.shape)}: all three are "
-            "indexed by target position, so a mask or group made from input ids must drop its first column"
+            f"nll {tuple(nll.shape)}, group {tuple(group.shape)}, loss_mask {tuple(loss_mask.shape)} {loss_mask.dtype}:"
+            " expected one shape and a bool mask. What was made from input ids, not targets, drops its first column"
         )
-    if loss_mask.dtype != torch.bool:
-        raise ValueError(f"loss_mask is {loss_mask.dtype}, expected torch.bool: True on the tokens that are trained on")
-    member = torch.stack([(group == k) & loss_mask for k in range(groups)])  # (groups, ...)
-    nats = torch.where(member, nll, 0.0)  # (groups, ...)
-    return nats.flatten(1).sum(1), member.flatten(1).sum(1)  # (groups,), (groups,)
+    member = torch.stack([(group == k) & loss_mask for k in range(groups)]).flatten(1)  # (K, ...)
+    nats, tokens = torch.where(member, nll.flatten(), 0.0).sum(1), member.sum(1)
+    if not nll.is_cuda and tokens.sum() != loss_mask.sum():  # on a GPU reading it would wait
+        raise ValueError(f"group has labels outside 0 ... {groups - 1}: there are {groups} groups")
+    return nats, tokens
 
 
-def sft_go(nats: Tensor, tokens: Tensor, lam: float, worst: str = "max") -> Tensor:
-    """The SFT-GO objective (Eq. 3-4): cross-entropy, pulled towards the worse of two token groups.
+# Objectives: nats and tokens of the groups, (K,) each, and the λ of the step -> loss, () nats per token. Yours is one
+# more: --objective FILE.py:NAME. `constant_price(lam)` says that a nat costs 1 / tokens in every group, whatever the
+# losses: a step of several micro-batches then need not look at them first.
 
-        L = (1 - lam) * mean over all tokens  +  lam * max(mean over G0, mean over G1)
 
-    Args:
-        nats:   (2,) float, summed nll of the unimportant and the important tokens.
-        tokens: (2,) their counts.
-        lam:    weight of the worst group, in [0, 1]; 0 is ordinary supervised fine-tuning.
-        worst:  "max" is Eq. 4; "important" trains G1 whichever is higher (Rho-1's row of the paper, with lam = 1).
+def cross_entropy(nats: Tensor, tokens: Tensor, lam: float = 0.0) -> Tensor:
+    """Ordinary supervised fine-tuning: the mean over all tokens. The groups, if any, are only watched (Fig. 1b)."""
+    return nats.sum() / tokens.sum()
 
-    Returns:
-        loss: () nats per token.
 
-    Raises:
-        ValueError: lam outside [0, 1], an unknown `worst`, or no supervised token at all.
-    """
+def sft_go(nats: Tensor, tokens: Tensor, lam: float) -> Tensor:
+    """Cross-entropy, pulled towards the worst of the token groups: (1 - lam) · mean over all + lam · worst mean."""
     if not 0 <= lam <= 1:
         raise ValueError(f"lam is {lam}, expected a weight in [0, 1]")
-    if worst not in ("max", "important"):
-        raise ValueError(f"worst is {worst!r}, expected 'max' or 'important'")
-    if not tokens.any():
-        raise ValueError("no supervised token in the step: its mean cross-entropy is undefined")
-    unimportant_mean, important_mean = nats / tokens.clamp(min=1)  # nats per token
-    # An empty group is never the worst; a tie goes to the important one, where max's own subgradient would split it.
-    higher = (tokens[0] == 0) | (important_mean >= unimportant_mean)
-    important_is_worst = (tokens[1] > 0) & (higher | (worst == "important"))
-    worst_mean = torch.where(important_is_worst, important_mean, unimportant_mean)
-    return (1 - lam) * nats.sum() / tokens.sum() + lam * worst_mean
+    means = torch.where(tokens > 0, nats / tokens.clamp(min=1), -torch.inf)  # an empty group is never the worst
+    worst = len(means) - 1 - means.flip(0).argmax()  # a tie goes to the important group: max's own gradient splits it
+    return (1 - lam) * cross_entropy(nats, tokens) + lam * means[worst]  # Eq. 3-4
+
+
+def important_only(nats: Tensor, tokens: Tensor, lam: float = 1.0) -> Tensor:
+    """Rho-1's row of the paper: cross-entropy over the selected tokens alone (over all where none is selected)."""
+    return torch.where(tokens[-1] > 0, nats[-1] / tokens[-1].clamp(min=1), cross_entropy(nats, tokens))
+
+
+cross_entropy.constant_price = lambda lam: True
+sft_go.constant_price = lambda lam: lam == 0
 
 
 def lam_at(step: int, total_steps: int, lam_max: float, lam_min: float) -> float:
-    """The weight of the worst group after `step` finished steps (0 ... total_steps - 1); constant if lam_max == lam_min (Eq. 5)."""
+    """λ after `step` finished steps, 0 ... total_steps - 1; constant if lam_max == lam_min (Eq. 5)."""
     if not 0 <= lam_min <= lam_max <= 1:
         raise ValueError(f"lam_min {lam_min} and lam_max {lam_max}: expected 0 <= lam_min <= lam_max <= 1")
     return max(lam_max * (1 - step / total_steps), lam_min)
 
 
-def sft_go_loss(nll: Tensor, important: Tensor, loss_mask: Tensor, lam: float, worst: str = "max") -> tuple[Tensor, dict]:
-    """Eq. 1-4 for one batch held in one place: what to call from another trainer.
-
-    Args:
-        nll, important, loss_mask: (...) any one shape, as `group_sums` takes them.
-        lam, worst: as `sft_go` takes them.
+def sft_go_loss(nll: Tensor, important: Tensor, loss_mask: Tensor, lam: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 1-4 for one batch held in one place: what to call from another trainer. Arguments as in `group_sums`.
 
     Returns:
         loss:  () nats per token, carries the gradient.
-        stats: detached tensors `ce`, `important`, `unimportant` (nats per token; nan for an empty group),
-               `important_tokens`, `unimportant_tokens`.
+        stats: detached; ce, important, unimportant (means, nan for an empty group), and the two token counts.
     """
     nats, tokens = group_sums(nll, important, loss_mask)
-    loss = sft_go(nats, tokens, lam, worst)
+    if not tokens.any():
+        raise ValueError("no supervised token in the step: its mean cross-entropy is undefined")
     unimportant_mean, important_mean = (nats / tokens).detach()
-    stats = {
-        "ce": (nats.sum() / tokens.sum()).detach(),
-        "important": important_mean,
-        "unimportant": unimportant_mean,
-        "important_tokens": tokens[1],
-        "unimportant_tokens": tokens[0],
-    }
-    return loss, stats
+    stats = {"ce": cross_entropy(nats, tokens).detach(), "important": important_mean, "unimportant": unimportant_mean}
+    return sft_go(nats, tokens, lam), stats | {"important_tokens": tokens[1], "unimportant_tokens": tokens[0]}
 
 
 def token_nll(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
@@ -117,18 +102,11 @@ def token_nll(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, chunk: in
         targets:        (N,) int64.
         chunk:          rows of logits that exist at one time.
 
-    Returns:
-        nll: (N,) float32, nats. The softmax runs in float32.
-
-    Forward keeps one number a row, the log-sum-exp; backward makes each chunk's logits again.
+    Returns (N,) float32 nats. Forward keeps a log-sum-exp for each row; backward makes each chunk's logits again.
     """
     if hidden.ndim != 2 or targets.shape != hidden.shape[:1] or lm_head_weight.shape[1:] != hidden.shape[1:]:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)}, lm_head_weight {tuple(lm_head_weight.shape)}, targets {tuple(targets.shape)}: "
-            "expected (N, D), (V, D) and (N,)"
-        )
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}, expected at least one row")
+        shapes = ", ".join(str(tuple(t.shape)) for t in (hidden, lm_head_weight, targets))
+        raise ValueError(f"hidden, lm_head_weight, targets are {shapes}: expected (N, D), (V, D) and (N,)")
     return _TokenNLL.apply(hidden, lm_head_weight, targets, chunk)
 
 
@@ -137,10 +115,10 @@ class _TokenNLL(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         lse = hidden.new_empty(len(hidden), dtype=torch.float32)  # (N,)
         target_logit = torch.empty_like(lse)  # (N,)
-        head = weight.to(hidden.dtype).T  # (D, V)
+        head = weight.to(hidden.dtype)  # (V, D)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            logits = (hidden[rows] @ head).float()  # (chunk, V)
+            logits = (hidden[rows] @ head.T).float()  # (chunk, V)
             lse[rows] = logits.logsumexp(1)
             target_logit[rows] = logits.gather(1, targets[rows, None]).squeeze(1)
         ctx.save_for_backward(hidden, weight, targets, lse)
@@ -151,16 +129,13 @@ class _TokenNLL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_nll: Tensor):
         hidden, weight, targets, lse = ctx.saved_tensors
-        head = weight.to(hidden.dtype)  # (V, D)
-        grad_hidden = torch.empty_like(hidden)  # (N, D)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None  # (V, D), over all chunks
+        head, grad_hidden = weight.to(hidden.dtype), torch.empty_like(hidden)  # (V, D), (N, D)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # (V, D), summed over all chunks
         for start in range(0, len(hidden), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            logits = (hidden[rows] @ head.T).float()  # (chunk, V)
-            grad = logits.sub_(lse[rows, None]).exp_()  # d nll / d logits = softmax - one-hot
-            grad.scatter_add_(1, targets[rows, None], -torch.ones_like(grad[:, :1]))
-            grad = grad.mul_(grad_nll[rows, None]).to(hidden.dtype)  # (chunk, V)
+            grad = (hidden[rows] @ head.T).float().sub_(lse[rows, None]).exp_()  # softmax, (chunk, V)
+            grad.scatter_add_(1, targets[rows, None], -torch.ones_like(grad[:, :1]))  # minus one-hot
+            grad = grad.mul_(grad_nll[rows, None]).to(hidden.dtype)  # d loss / d logits
             grad_hidden[rows] = grad @ head
-            if grad_weight is not None:
-                grad_weight += grad.T @ hidden[rows]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+            grad_weight += grad.T @ hidden[rows]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import read_rows
-from files import write_json
+from published.files import write_json
 
 VOCAB = 4096
 SPECIAL = [f"<|{name}|>" for name in (

@@ -33,13 +33,13 @@ CASES = {
     "random": "--grouper random --eta 0.5 --lam-max 1",
     "loss": "--grouper loss --eta 0.7 --lam-max 0.9",
     "rho1 in Eq. 3": "--grouper rho1 --eta 0.55 --lam-max 0.9 --reference {phi}",
-    "rho1's own row": "--grouper rho1 --eta 0.55 --worst important --lam-max 1 --reference {phi}",
+    "rho1's own row": "--grouper rho1 --eta 0.55 --objective important_only --lam-max 1 --reference {phi}",
     "sft": "--grouper none --lam-max 0",
     "tfidf, watched": "--grouper tfidf --eta 0.7 --lam-max 0",
     "many micro-batches": "--grouper loss --eta 0.7 " + MANY.format(0.9),
     "many, watched": "--grouper tfidf --eta 0.7 " + MANY.format(0),
     "scope micro_batch": "--grouper loss --eta 0.7 --lam-max 0.9 --scope micro_batch --micro-batch-tokens 127",
-    "recompute, clipped": "--grouper tfidf --eta 0.7 --clip 0.5 --checkpoint-activations full",
+    "recompute, clipped": "--grouper tfidf --eta 0.7 --clip 0.5 --checkpoint-activations",
     "llmlingua2": "--grouper llmlingua2 --eta 0.5 --lam-max 0.9 --lam-min 0.07 --llmlingua-model {classifier}",
 }
 
@@ -91,8 +91,8 @@ def test_a_run_is_what_it_was_before_the_house_was_rebuilt(place, name):
             assert a[key] is b[key] is None or abs(a[key] - b[key]) <= 5e-6, (a["step"], key)
     assert was["weights"].keys() == now["weights"].keys()
     for weight, numbers in was["weights"].items():
-        for a, b in zip(numbers, now["weights"][weight]):
-            assert math.isclose(a, b, rel_tol=5e-6), weight
+        for a, b in zip(numbers, now["weights"][weight]):  # a sum may cancel: its rounding goes by the norm
+            assert math.isclose(a, b, rel_tol=5e-6, abs_tol=5e-6 * numbers[1]), weight
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Named settings: `python train.py --recipe NAME`; any flag given beside it wins. `--recipe list` prints them.
 
 The paper's Appendix F: two models, two data sets, four methods. What it does not say is `Config`'s default, or is a
-row of the README's table "Where the paper is silent".
+row of the table "Where the paper is silent" in docs/paper.md.
 """
 
 import os
 from pathlib import Path
 
-DEMO = Path(os.path.relpath(Path(__file__).parent / "demo"))  # "demo" where the checkout is the current folder
+DEMO = Path(os.path.relpath(Path(__file__).parents[1] / "demo"))  # "demo" where the checkout is the current folder
 
 LLAMA_3B = dict(model="meta-llama/Llama-3.2-3B")
 LLAMA_8B = dict(model="meta-llama/Llama-3.1-8B")
@@ -33,21 +33,21 @@ ALPACA = dict(
     eps=1e-8,
     schedule="cosine",
 )
-SFT = dict(grouper="none", lam_max=0.0)
+SFT = dict(grouper="none", objective="cross_entropy", lam_max=0.0)
 
 
 def go(grouper: str, eta: float, lam_min: float | None = None) -> dict:
     """SFT-GO with λ = 0.9, or decaying from there to lam_min."""
-    return dict(grouper=grouper, eta=eta, lam_max=0.9, lam_min=lam_min, worst="max")
+    return dict(grouper=grouper, eta=(eta,), objective="sft_go", lam_max=0.9, lam_min=lam_min)
 
 
 def rho1(eta: float) -> dict:
-    """Cross-entropy over the selected tokens alone; λ has no say."""
-    return dict(grouper="rho1", eta=eta, lam_max=1.0, worst="important")
+    """Cross-entropy over the selected tokens alone; λ is not used."""
+    return dict(grouper="rho1", eta=(eta,), objective="important_only", lam_max=1.0)
 
 
 RECIPES = {
-    # What `python train.py` runs when given nothing: a 3.4M-parameter Llama learns to answer, on a CPU, in about a minute.
+    # What `python train.py` runs when given nothing: a 3.4M-parameter Llama learns to answer, in about a minute.
     "demo": dict(
         model=str(DEMO / "base"),
         data=str(DEMO / "instructions.jsonl"),
@@ -77,7 +77,7 @@ RECIPES = {
 }
 
 NOTES = {  # where the paper disagrees with itself
-    "lima-3b-llmlingua2": "λ: §4 says 0.9 for LIMA; §5.3 decays it to 0.01, where Table 4 has the very score of Table 1",
+    "lima-3b-llmlingua2": "λ: §4 says 0.9 for LIMA; §5.3 decays it to 0.01, and its Table 4 has Table 1's score",
     "alpaca-3b-tfidf": "λ: §4 decays it from 0.9 for Alpaca",
     "alpaca-3b-llmlingua2": "λ: §4 decays it from 0.9 for Alpaca",
     "alpaca-8b-tfidf": "λ: §4 decays it from 0.9 for Alpaca",
@@ -86,16 +86,29 @@ NOTES = {  # where the paper disagrees with itself
 
 def table() -> str:
     """The recipes, one a line, for the terminal."""
-    head = ("recipe", "model", "grouper", "η", "λ", "worst", "epochs", "batch", "lr", "the paper elsewhere")
+    head = ("recipe", "model", "grouper", "η", "λ", "objective", "epochs", "batch", "lr", "the paper elsewhere")
     rows = [head]
     for name, r in RECIPES.items():
-        lam = "–" if r["grouper"] == "rho1" else f"{r['lam_max']:g}" + (f" → {r['lam_min']:g}" if r.get("lam_min") else "")
-        method = ("none", "", "", "") if r["grouper"] == "none" else (r["grouper"], f"{r['eta']:.2f}", lam, r["worst"])
-        rows.append((name, r["model"], *method, str(r["epochs"]), str(r["batch_size"]), f"{r['lr']:g}", NOTES.get(name, "")))
+        lam = (
+            "–"
+            if r["grouper"] == "rho1"
+            else f"{r['lam_max']:g}" + (f" → {r['lam_min']:g}" if r.get("lam_min") else "")
+        )
+        eta, lam = ("", "") if r["grouper"] == "none" else (f"{r['eta'][0]:.2f}", lam)
+        method = (r["grouper"], eta, lam, r["objective"])
+        rows.append(
+            (name, r["model"], *method, str(r["epochs"]), str(r["batch_size"]), f"{r['lr']:g}", NOTES.get(name, ""))
+        )
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     for name, d in (("lima", LIMA), ("alpaca", ALPACA)):
         betas = " ".join(map(str, d["betas"]))
         adamw = f"AdamW, weight decay {d['weight_decay']}, betas {betas}, eps {d['eps']:g}"
-        lines += ["", f"{name:<8}{d['data']}", f"        {adamw}; {d['schedule']}, warm-up {d['warmup_ratio']:g}; context {d['context']}"]
-    return "\n".join([*lines, "", "Values are Appendix F's; it names no betas. rho1 needs --reference. Any flag overrides a recipe."])
+        lines += [
+            "",
+            f"{name:<8}{d['data']}",
+            f"        {adamw}; {d['schedule']}, warm-up {d['warmup_ratio']:g}; context {d['context']}",
+        ]
+    return "\n".join(
+        [*lines, "", "Values are Appendix F's; it names no betas. rho1 needs --reference. Any flag overrides a recipe."]
+    )

@@ -110,7 +110,9 @@ def marked(corpus: Corpus, answer: list[tuple[int, str]], view: View, colour: bo
         if state == "important" and text.isspace():
             text = text.replace("\n", "⏎\n")  # so that there is something to mark
         if state != was:
-            space = "" if text.isspace() else re.match(r"\s*", text)[0]  # a mark begins at the word, not before its space
+            space = (
+                "" if text.isspace() else re.match(r"\s*", text)[0]
+            )  # a mark begins at the word, not before its space
             out += [end[was], space, begin[state]]
             text = text[len(space) :]
         out.append(text)
@@ -144,7 +146,10 @@ def most_picked(corpus: Corpus, view: View, tokenizer: Tokenizer, n: int = 8) ->
     """The tokens it picks most often, each with its share of all that it picks."""
     ids, counts = np.unique(corpus.ids[view.important], return_counts=True)
     most = counts.argsort(kind="stable")[::-1][:n]
-    return [f"{tokenizer.backend.decode([i], skip_special_tokens=False)!r} {c / counts.sum():.1%}" for i, c in zip(ids[most], counts[most])]
+    return [
+        f"{tokenizer.backend.decode([i], skip_special_tokens=False)!r} {c / counts.sum():.1%}"
+        for i, c in zip(ids[most], counts[most])
+    ]
 
 
 def overlaps(a: View, looked: list[View]) -> list[float]:
@@ -175,7 +180,9 @@ def page(corpus: Corpus, shown: list[int], looked: list[View], tokenizer: Tokeni
         for v in looked
     )
     head = "".join(f"<th>{v.name}" for v in looked)
-    overlap = "".join(f"<tr><th>{a.name}" + "".join(f"<td>{share:.0%}" for share in overlaps(a, looked)) for a in looked)
+    overlap = "".join(
+        f"<tr><th>{a.name}" + "".join(f"<td>{share:.0%}" for share in overlaps(a, looked)) for a in looked
+    )
     out = [
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
@@ -189,7 +196,9 @@ def page(corpus: Corpus, shown: list[int], looked: list[View], tokenizer: Tokeni
     ]
     for sample in shown:
         prompt, answer = pieces(corpus, sample)
-        out.append(f'<h2>{escape(name_of(corpus, sample))}</h2><p class="text prompt">{escape(prompt)}</p><div class="sample">')
+        out.append(
+            f'<h2>{escape(name_of(corpus, sample))}</h2><p class="text prompt">{escape(prompt)}</p><div class="sample">'
+        )
         for view in looked:
             texts = "".join(token(corpus, place, text, view) for place, text in answer)
             out.append(f'<section class="text"><h3>{view.name}</h3>{texts}</section>')
@@ -215,12 +224,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     demo, flag = RECIPES["demo"], parser.add_argument
-    flag("--data", default=demo["data"], metavar="FILE", help="training data, as train.py takes it (default: the demo's)")
-    flag("--model", default=demo["model"], metavar="FOLDER", help="whose tokenizer, and whose losses, to use (default: the demo's)")
     flag(
-        "--grouper", default="tfidf", type=lambda text: text.split(","), metavar="A,B,…", help=f"any of {', '.join(NAMES)} (default: tfidf)"
+        "--data", default=demo["data"], metavar="FILE", help="training data, as train.py takes it (default: the demo's)"
     )
-    flag("--eta", default=0.9, type=float, metavar="X", help="percentile: 0.9 makes each sample's top 10 %% important (default: 0.9)")
+    flag(
+        "--model",
+        default=demo["model"],
+        metavar="FOLDER",
+        help="whose tokenizer, and whose losses, to use (default: the demo's)",
+    )
+    flag(
+        "--grouper",
+        default="tfidf",
+        type=lambda text: text.split(","),
+        metavar="A,B,…",
+        help=f"any of {', '.join(NAMES)} (default: tfidf)",
+    )
+    flag(
+        "--eta",
+        default=0.9,
+        type=float,
+        metavar="X",
+        help="percentile: 0.9 makes each sample's top 10 %% important (default: 0.9)",
+    )
     flag(
         "--row",
         type=int,
@@ -228,13 +254,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="rows of the file to show, counted from 1, of a long text its first 3 pieces (default: 3 samples)",
     )
-    flag("--stats", default=50, type=int, metavar="N", help="samples to count shares and overlaps over, besides those shown (default: 50)")
+    flag(
+        "--stats",
+        default=50,
+        type=int,
+        metavar="N",
+        help="samples to count shares and overlaps over, besides those shown (default: 50)",
+    )
     flag("--html", metavar="FILE", help="write a page too")
     flag("--reference", metavar="FOLDER", help="rho1: the frozen reference model")
-    flag("--llmlingua-model", default=groupers.LLMLINGUA2, metavar="FOLDER", help="llmlingua2: its token classifier (default: mBERT's)")
+    flag(
+        "--llmlingua-model",
+        default=groupers.LLMLINGUA2,
+        metavar="FOLDER",
+        help="llmlingua2: its token classifier (default: mBERT's)",
+    )
     flag("--template", default="auto", choices=("auto", *data.TEMPLATES), help="how a row becomes text (default: auto)")
     flag("--context", default=4096, type=int, metavar="N", help="tokens a sample is cut to (default: 4096)")
-    flag("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="compute type of losses (default: bfloat16)")
+    flag(
+        "--dtype",
+        default="bfloat16",
+        choices=("bfloat16", "float32"),
+        help="compute type of losses (default: bfloat16)",
+    )
     flag("--seed", default=0, type=int, help="of the random grouper (default: 0)")
     flag("--cache", type=Path, metavar="DIR", help="folder of tokens and scores to keep (default: none)")
     args = parser.parse_args(argv)
@@ -257,17 +299,23 @@ def look(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer(folder, llama.vocab_size)
     corpus = data.load_corpus(data.data_file(args.data), tokenizer, args.template, args.context, args.cache)
     if args.context > llama.max_position_embeddings and set(args.grouper) & set(groupers.IN_STEP):
-        raise ValueError(f"--context {args.context}: {args.model} has {llama.max_position_embeddings} positions (max_position_embeddings)")
+        raise ValueError(
+            f"--context {args.context}: {args.model} has {llama.max_position_embeddings} positions (max_position_embeddings)"
+        )
     shown = np.arange(min(3, len(corpus)))
     if args.row:
         if missing := sorted(set(args.row) - set(corpus.rows.tolist())):
-            raise ValueError(f"{args.data}: row {missing[0]} is not among the {len(corpus):,} samples (rows count from 1)")
+            raise ValueError(
+                f"{args.data}: row {missing[0]} is not among the {len(corpus):,} samples (rows count from 1)"
+            )
         shown = np.unique([i for row in args.row for i in np.flatnonzero(corpus.rows == row)[:3]])
     samples = np.union1d(shown, np.arange(min(args.stats, len(corpus))))
     looked, chosen = views(args, corpus, samples, tokenizer), corpus.take(samples)
     shown = np.searchsorted(samples, shown).tolist()
     if args.html:
-        Path(args.html).write_text(page(chosen, shown, looked, tokenizer, f"{Path(args.data).name}, η {args.eta:g}"), encoding="utf-8")
+        Path(args.html).write_text(
+            page(chosen, shown, looked, tokenizer, f"{Path(args.data).name}, η {args.eta:g}"), encoding="utf-8"
+        )
         print(f"wrote {args.html}")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for sample in shown:

@@ -1,0 +1,55 @@
+"""Names to local files: a path is itself, anything else is asked of the Hub."""
+
+from pathlib import Path
+
+from published.weights import weight_files
+
+
+def resolve(name: str | Path) -> Path:
+    """The local folder of a model: a path, or a Hub name, downloaded (config, tokenizer and safetensors only)."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).is_file():
+        raise ValueError(f"{name}: a file, expected a model folder (or a Hub name)")
+    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise ValueError(f"{name}: no such folder (a Hub name has the form organisation/model)")
+    folder = download(str(name), ["*.json", "*.safetensors"], '--exclude "original/*"')
+    if not weight_files(folder):
+        raise ValueError(f"{name}: the Hub has no safetensors of it; convert its weights, or choose another repository")
+    return folder
+
+
+def data_file(name: str) -> Path:
+    """The local file behind `--data`: a path, or hf://datasets/ORGANISATION/NAME/FILE, downloaded from the Hub."""
+    if not name.startswith("hf://"):
+        return Path(name)
+    kind, organisation, repository, *path = f"{name[5:]}///".split("/", 3)
+    file = "".join(path).rstrip("/")
+    if kind != "datasets" or not file:
+        raise ValueError(f"{name}: a file on the Hub has the form hf://datasets/ORGANISATION/NAME/FILE")
+    return download(f"{organisation}/{repository}", [file], f"{file} --repo-type dataset", "dataset") / file
+
+
+def download(repository: str, patterns: list[str], flags: str, repo_type: str = "model") -> Path:
+    """The local copy of a repository's files that match `patterns`; `flags` is what `hf download` needs besides the name.
+
+    Several processes may call it at once: the Hub's client locks the files it writes.
+    """
+    from huggingface_hub import snapshot_download  # comes with tokenizers
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns, repo_type=repo_type))
+    except Exception as e:  # the Hub's client raises many kinds: no network, gated, not found
+        raise refused(repository, flags, e) from e
+
+
+def refused(repository: str, flags: str, e: Exception) -> ValueError:
+    """What to do by hand where the Hub gave nothing."""
+    reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+    gated = "\nIt is gated: accept its terms on its page of the Hub with your account, then `hf auth login`"
+    if not repository.startswith(("meta-llama/", "GAIR/lima")) and type(e).__name__ != "GatedRepoError":
+        gated = ""
+    return ValueError(
+        f"{repository}: not here, and the Hub did not give it ({reason}). Where there is network:\n"
+        f"  hf download {repository} {flags}{gated}"
+    )

@@ -1,0 +1,142 @@
+"""The processes that torchrun started: how they share, wait and fail together; and how a command ends."""
+
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+STEP, PATIENCE = timedelta(minutes=10), timedelta(hours=12)  # a step never takes so long; preparing data may
+FAULTS = {"ValueError": ValueError, "OSError": OSError}
+
+
+class Ranks:
+    """This process among all of them; alone without torchrun. Use as a context: only rank 0 prints inside it."""
+
+    def __init__(self):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.patient, self.stdout = None, sys.stdout
+        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if gpus and local >= gpus:
+            raise ValueError(f"--nproc-per-node asks for more processes than the {gpus} GPUs of this node")
+        self.device = torch.device("cuda", local) if gpus else torch.device("cpu")
+        if gpus:
+            torch.cuda.set_device(self.device)
+        if self.size == 1:
+            return
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=STEP)
+            self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        except RuntimeError as e:
+            again = "; a restart needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+            again = again if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else ""
+            raise ValueError(f"rank {self.rank}: cannot connect to the other ranks ({first_line(e)}){again}") from e
+
+    def __enter__(self) -> "Ranks":
+        if self.rank:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, closed at the end
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if self.rank:
+            sys.stdout.close()
+            sys.stdout = self.stdout
+        if self.size > 1 and kind in (None, SystemExit):  # after a fault other ranks may be gone: no orderly end
+            dist.destroy_process_group()
+
+    def together(self, work: Callable) -> list:
+        """What work() returns on every rank, in order of rank. Where it fails on one, all fail, with its message."""
+        if self.size == 1:
+            return [work()]
+        fault, mine, found = None, None, [None] * self.size
+        try:
+            mine = work()
+        except (ValueError, OSError) as e:
+            fault = e
+        told = fault and ("OSError" if isinstance(fault, OSError) else "ValueError", str(fault))
+        dist.all_gather_object(found, (told, mine), group=self.patient)
+        for rank, (told, _) in enumerate(found):
+            if told:
+                raise fault if rank == self.rank else everywhere(FAULTS[told[0]](f"rank {rank}: {told[1]}"))
+        return [value for _, value in found]
+
+    def each(self, work: Callable):
+        """What work() returns on this rank, which may be large; where it fails on one, all fail."""
+        mine = []
+        self.together(lambda: mine.append(work()))
+        return mine[0]
+
+    def first(self, work: Callable):
+        """What work() returns on rank 0, on every rank."""
+        return self.together(lambda: work() if self.rank == 0 else None)[0]
+
+    def sum(self, t: Tensor) -> Tensor:
+        """A tensor's sum over ranks."""
+        if self.size > 1:
+            t = t.clone()
+            dist.all_reduce(t)
+        return t
+
+    def sums(self) -> Callable[[Tensor], Tensor]:
+        """`sum` for one step: before the first, wait for all ranks; rank 0 names those that do not come in time."""
+        met = self.size == 1
+
+        def reduce(t: Tensor) -> Tensor:
+            nonlocal met
+            if not met:
+                dist.monitored_barrier(self.patient, STEP, wait_all_ranks=True)
+                met = True
+            return self.sum(t)
+
+        return reduce
+
+
+def everywhere(e: Exception) -> Exception:
+    """Mark a fault that every rank meets at once: the first rank of each host reports it."""
+    e.everywhere = True
+    return e
+
+
+def first_line(e: BaseException) -> str:
+    return (str(e).strip() or repr(e)).splitlines()[0][:300]
+
+
+def collective_failed(e: BaseException) -> bool:
+    """Whether torch.distributed raised it: a rank is stuck or gone, or the network between two hosts is."""
+    trace, files = e.__traceback__, []
+    while trace:
+        files.append(trace.tb_frame.f_code.co_filename)
+        trace = trace.tb_next
+    return any(os.path.join("torch", "distributed") in file for file in files)
+
+
+def command(program: Callable[[], object], cure: str, interrupted: str) -> None:
+    """Run a command line. What a user can cause ends as one line and exit code 1, other faults as a traceback.
+
+    Args:
+        cure:        what to do where memory is too small.
+        interrupted: what to say on Ctrl-C.
+    """
+    try:
+        program()
+        return
+    except (ValueError, OSError) as e:
+        other = os.environ.get("LOCAL_RANK", "0") != "0" and hasattr(e, "everywhere")
+        message = "" if other else f"error: {e}"
+    except KeyboardInterrupt:
+        message = interrupted
+    except RuntimeError as e:
+        rank = f"rank {os.environ['RANK']}: " if dist.is_initialized() else ""
+        if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
+            message = f"error: {rank}out of memory ({first_line(e)}); {cure}"
+        elif dist.is_initialized() and collective_failed(e):
+            message = f"error: {rank}lost touch with the other ranks; one is stuck or gone ({first_line(e)})"
+        else:
+            raise
+    if not dist.is_initialized():
+        sys.exit(message or 1)
+    print(message, end="\n" if message else "", file=sys.stderr, flush=True)
+    os._exit(1)  # an orderly exit would wait for ranks that are gone

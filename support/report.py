@@ -1,0 +1,211 @@
+"""What a run says of itself: the plan before it, a line for each step, a picture and an answer after it."""
+
+import json
+import math
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import groupers
+from data import RESPONSE, Corpus
+from model import Llama, LlamaConfig
+from published.tokenizer import Tokenizer
+from published.weights import DTYPES
+from support.generate import generate
+
+# A step.
+
+
+def group_means(nats: Tensor, tokens: Tensor) -> dict:
+    """The groups' means in nats per token, their counts, and which of the first and the last has the higher mean."""
+    means = [n / t if t else None for n, t in zip(nats.tolist(), tokens.tolist())]
+    counts, unimportant, important = [int(t) for t in tokens.tolist()], means[0], means[-1]
+    higher = important is not None and (unimportant is None or important >= unimportant)
+    row = {"ce": float(nats.sum() / tokens.sum()), "important": important, "unimportant": unimportant}
+    row |= {"important_tokens": counts[-1], "unimportant_tokens": counts[0]}
+    row |= {"worst": "important" if higher else "unimportant"}
+    return row | ({"groups": [*map(list, zip(means, counts))]} if len(means) != 2 else {})
+
+
+def groups_of(row: dict) -> dict[str, tuple[float | None, int]]:
+    """Name -> (mean, tokens) of each group of a line of metrics.jsonl."""
+    if "groups" in row:
+        return {f"group {k}": tuple(group) for k, group in enumerate(row["groups"])}
+    return {name: (row[name], row[f"{name}_tokens"]) for name in ("important", "unimportant")}
+
+
+def short(mean: float | None) -> str:
+    return "–" if mean is None else f"{mean:.3f}"
+
+
+def line(row: dict) -> str:
+    groups = " | ".join(f"{name} {short(mean)} ({tokens:,})" for name, (mean, tokens) in groups_of(row).items())
+    speed = f" | {row['tokens_per_second'] / 1e3:.1f}k tok/s" if "tokens_per_second" in row else ""
+    rates = f"lr {row['lr']:.1e} | grad {row['grad_norm']:.2f}"
+    return f"loss {row['loss']:.3f} | ce {row['ce']:.3f} | {groups} | {rates}{speed}"
+
+
+def speed(tokens: int, seconds: float, device: torch.device) -> dict:
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "peak_memory_bytes": peak}
+
+
+# The plan.
+
+
+def memory_needed(
+    cfg: LlamaConfig, parameters: int, positions: int, compute_bytes: int, ranks: int = 1, recompute: bool = False
+) -> dict[str, int]:
+    """Bytes on one rank for its largest micro-batch's step, by what they are for.
+
+    A parameter takes 16 bytes: itself, its gradient and AdamW's two moments, each float32; fsdp splits them over
+    `ranks`. A position of a layer keeps for backward: two norms' float32 input, float32 normalized row (a fused kernel
+    saves this one) and output, q, k, v, the attention's output twice, and four feed-forward rows; with `recompute` its
+    input alone, and all that of one layer at a time. The head holds one chunk of logits, its float32 copy, and its
+    weight's cast and gradient. Over several ranks come the gathered weights and gradients of the embedding, the head
+    and two layers, in the compute dtype, and the largest of these gradients in float32 on its way to its ranks.
+    """
+    D, ff = cfg.hidden_size, cfg.intermediate_size
+    q, kv = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
+    layer = 2 * 8 * D + compute_bytes * (2 * D + 3 * q + 2 * kv + 4 * ff)
+    layers = cfg.num_hidden_layers * compute_bytes * D + layer if recompute else cfg.num_hidden_layers * layer
+    block = D * (2 * q + 2 * kv + 3 * ff)
+    root = parameters - cfg.num_hidden_layers * block
+    needed = {
+        "weights, gradients, AdamW": 16 * parameters // ranks,
+        "activations": positions * (layers + (8 + 2 * compute_bytes) * D),
+        "logits": cfg.vocab_size * (min(1024, positions) * (4 + 2 * compute_bytes) + (4 + 2 * compute_bytes) * D),
+    }
+    gathered = {"gathered": 2 * compute_bytes * (root + 2 * block) + 4 * max(root, block)}
+    return needed | (gathered if ranks > 1 else {})
+
+
+def plan(
+    cfg,
+    corpus: Corpus,
+    llama: LlamaConfig,
+    fresh: bool,
+    prior: np.ndarray | None,
+    steps: int,
+    per_epoch: int,
+    ranks: int,
+) -> None:
+    """Say, before anything large is loaded, what will be trained on what; `prior` is None where it takes a model.
+
+    Raises:
+        ValueError: there is no step, or the disk cannot hold the checkpoints.
+    """
+    if not steps:
+        cure = "lower --batch-size or leave out --drop-last"
+        raise ValueError(f"{cfg.data}: {len(corpus)} samples make no full batch of {cfg.batch_size}; {cure}")
+    counts, mask, lengths = dict(corpus.counts), corpus.loss_mask, np.sort(corpus.lengths - 1)
+    rows, kept = counts.pop("rows"), counts.pop("kept")
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Llama(llama).parameters())
+    positions = max(int(lengths[-1]), math.ceil(lengths[-cfg.batch_size :].sum() / ranks))
+    positions = min(cfg.micro_batch_tokens, positions)
+    split, recompute = ranks if cfg.shard == "fsdp" else 1, cfg.checkpoint_activations
+    memory = memory_needed(llama, parameters, positions, DTYPES[cfg.dtype].itemsize, split, recompute)
+    lam = f"{cfg.lam_max:g}" + f" → {cfg.lam_min:g}" * (cfg.lam_min != cfg.lam_max)
+    method = f"{cfg.objective}, λ {lam}, scope {cfg.scope}; groups by {cfg.grouper}"
+    method += "" if cfg.grouper == "none" else f", η {' '.join(f'{eta:g}' for eta in cfg.eta)}: "
+    method += "" if cfg.grouper == "none" else share(cfg, corpus, prior)
+    size = f"{12 * parameters / 1e9:.2g} GB each, every {cfg.checkpoint_every} steps, the newest {cfg.keep} kept"
+    lines = {
+        "data": f"{cfg.data}: {rows:,} rows, {kept:,} {'pieces' if corpus.template == 'text' else 'samples'} kept"
+        + "".join(f"; {n:,} {what}" for what, n in counts.items()),
+        "tokens": f"{len(mask):,}, {mask.mean():.1%} supervised; longest sample {lengths[-1] + 1:,}; "
+        f"template {corpus.template}",
+        "method": method,
+        "steps": f"{per_epoch:,} an epoch, {cfg.batch_size} samples each; {steps:,} in all; "
+        f"micro-batches of up to {positions:,} tokens",
+        "ranks": f"{ranks}, {cfg.shard}" if ranks > 1 else "",
+        "model": f"{cfg.model}: {parameters / 1e6:,.1f}M parameters{' (fresh: no weights in the folder)' * fresh}, "
+        f"computed in {cfg.dtype}",
+        "memory": f"about {sum(memory.values()) / 1e9:.2g} GB of tensors{' on each rank' * (ranks > 1)}: "
+        + ", ".join(f"{what} {n / 1e9:.2g}" for what, n in memory.items()),
+        "saves": f"checkpoints: {size if cfg.checkpoint_every else 'none'}",
+    }
+    print("\n".join(f"{name:<8}{told}" for name, told in lines.items() if told))
+    needed, free = 12 * parameters * (cfg.keep + 1) if cfg.checkpoint_every else 0, disk_free(cfg.out)
+    if needed > free:
+        taken = f"{cfg.keep} checkpoints and one being written take {needed / 1e9:.3g} GB"
+        cure = "choose an --out on a larger disk, a smaller --keep, or --checkpoint-every 0"
+        raise ValueError(f"{cfg.out or 'runs'}: {free / 1e9:.3g} GB free, but {taken}; {cure}")
+
+
+def share(cfg, corpus: Corpus, prior: np.ndarray | None) -> str:
+    """How many of the supervised tokens are in which group, where that is known before the first step."""
+    if cfg.grouper in groupers.IN_STEP:
+        return "labelled at each step" + f" against {cfg.reference}" * (cfg.grouper == "rho1")
+    if prior is None:
+        return f"{cfg.llmlingua_model} scores the answers"
+    mask = torch.from_numpy(corpus.loss_mask)
+    group = groupers.cut(torch.from_numpy(prior), mask, torch.from_numpy(corpus.doc_ids), cfg.eta)[mask]
+    shares = [f"{n / len(group):.1%}" for n in group.bincount(minlength=2).tolist()]
+    return f"{', '.join(shares[1:])} of the supervised tokens important"
+
+
+def disk_free(out: str | None) -> int:
+    """Bytes free for checkpoints where the run folder is, or will be; its present ones will make room."""
+    place = Path(out or "runs").absolute()
+    held = sum(path.stat().st_size for path in place.glob("checkpoints/step-??????/*")) if out else 0
+    return shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free + held
+
+
+# After it.
+
+
+def ending(out: Path, model: Llama, tokenizer: Tokenizer, corpus: Corpus) -> None:
+    """The picture, what was written, and one greedy answer to the data's first prompt (of text: its first words)."""
+    plot_losses(out)
+    written = sorted(path.name for path in out.iterdir() if path.name not in ("cache", "lock"))
+    print(f"wrote   {', '.join(written)} in {out}")
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+        return  # sharded: it would take all ranks, in step, token by token
+    ids, kind = corpus.ids[: corpus.starts[1]], corpus.kind[: corpus.starts[1]]
+    prompt = ids[:24] if corpus.template == "text" else ids[: int((kind == RESPONSE).argmax())]
+    room = min(128, model.cfg.max_position_embeddings - len(prompt))
+    answer = generate(model, [prompt.tolist()], room, stop_ids=tokenizer.stop_ids(corpus.template))[0]
+    print(f"sample  {tokenizer.decode(prompt.tolist()).strip()}\n      → {tokenizer.decode(answer).strip()}")
+
+
+def plot_losses(out: Path) -> None:
+    """losses.png, Figure 2 of the paper for this run: all tokens and each group."""
+    try:
+        import matplotlib
+    except ImportError:
+        print('no losses.png: matplotlib is not installed; pip install -e ".[plots]"')
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with open(out / "metrics.jsonl", encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    colours = {"important": "tab:red", "unimportant": "tab:blue", "all": "black"}
+    curves = {name: [(row["step"], groups_of(row)[name][0]) for row in rows] for name in groups_of(rows[0])}
+    curves = {name: [point for point in points if point[1] is not None] for name, points in curves.items()}
+    if sum(map(bool, curves.values())) < 2:
+        curves = {}  # one group is all
+    curves["all"] = [(row["step"], row["ce"]) for row in rows]
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    for n, (name, points) in enumerate((name, points) for name, points in curves.items() if points):
+        steps, losses = map(np.array, zip(*points))
+        window = 2 * (len(points) // 100) + 1  # a running mean over 2 % of the steps, centred; the raw curve behind it
+        smooth, colour = np.convolve(losses, np.ones(window) / window, "valid"), colours.get(name, f"C{n}")
+        ax.plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
+        ax.plot(steps[window // 2 : len(steps) - window // 2], smooth, color=colour, label=name)
+    ax.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=out.name)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.grid(alpha=0.3)
+    ax.legend()
+    fig.savefig(out / "losses.png", dpi=120)
+    plt.close(fig)

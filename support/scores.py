@@ -1,0 +1,134 @@
+"""What a grouper must know of each token before training and takes a model to find out: LLMLingua-2, a reference.
+
+Each rank scores its share of the samples; one sum puts the shares together; one file keeps them.
+"""
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import groupers
+from data import Corpus
+from model import Llama
+from published.config import read_config
+from published.hub import resolve
+from published.tokenizer import Tokenizer
+from published.weights import DTYPES, weight_files
+from support.llmlingua2 import Classifier, keep_scores
+from support.named import named
+from support.ranks import Ranks
+
+
+def cheap(grouper: str, corpus: Corpus, seed: int) -> np.ndarray | None:
+    """The prior of a grouper that takes no model, (tokens,) float32; None for one that does."""
+    if grouper in ("llmlingua2", "rho1"):
+        return None
+    if grouper in groupers.IN_STEP:
+        return groupers.none(corpus)  # it scores from the step's losses alone
+    scores = named(grouper, groupers.ONCE, "--grouper")(corpus, seed)
+    found = f"{getattr(scores, 'dtype', type(scores).__name__)} {getattr(scores, 'shape', '')}"
+    if not isinstance(scores, np.ndarray) or scores.shape != corpus.ids.shape or scores.dtype.kind != "f":
+        raise ValueError(f"--grouper {grouper}: returned {found}, expected floats in a numpy array {corpus.ids.shape}")
+    return scores.astype(np.float32)
+
+
+def by_model(cfg, corpus: Corpus, cache: Path, ranks: Ranks) -> np.ndarray:
+    """The prior of llmlingua2 or rho1, (tokens,) float32: keep probabilities, or the reference's nats."""
+    if cfg.grouper == "llmlingua2":
+
+        def scorer(folder: Path) -> Callable[[Corpus], np.ndarray]:
+            return partial(keep_scores, classifier=Classifier(folder, ranks.device))
+
+        made_by = ["keep probability", version("transformers"), version("tokenizers")]
+        return shared(cfg.llmlingua_model, scorer, made_by, corpus, cache, ranks)
+    dtype = DTYPES[cfg.dtype]
+
+    def scorer(folder: Path) -> Callable[[Corpus], np.ndarray]:
+        return partial(
+            corpus_nll, Llama.from_pretrained(folder, dtype, dtype, ranks.device), max_tokens=cfg.micro_batch_tokens
+        )
+
+    return shared(cfg.reference, scorer, ["nats", cfg.dtype], corpus, cache, ranks)
+
+
+def shared(name: str, scorer: Callable, made_by: list[str], corpus: Corpus, cache: Path, ranks: Ranks) -> np.ndarray:
+    """scorer(folder of the model)(corpus), or what an earlier run kept of it."""
+    folder, values = resolve(name), np.zeros(len(corpus.ids), np.float32)
+    made_by = [*made_by, torch.__version__, ranks.device.type]
+    path = cache / ranks.first(lambda: f"{made_by[0].split()[0]}-{fingerprint(folder, corpus, made_by)}.npy")
+
+    def score() -> None:
+        samples = np.arange(ranks.rank, len(corpus), ranks.size)
+        at = data.ragged(corpus.starts[samples], corpus.lengths[samples])
+        values[at] = scorer(folder)(corpus.take(samples)) if len(samples) else 0.0
+
+    kept = read_array(path, values.shape) if ranks.rank == 0 else None  # the others need not see the file
+    if is_kept := ranks.first(lambda: kept is not None):
+        values = values if kept is None else kept
+    else:
+        ranks.together(score)
+    values = ranks.sum(torch.from_numpy(values).to(ranks.device)).cpu().numpy()
+    ranks.first(lambda: is_kept or write_array(path, values))
+    return values
+
+
+@torch.no_grad()
+def corpus_nll(model: Llama, corpus: Corpus, max_tokens: int) -> np.ndarray:
+    """Nats of each supervised token of a corpus, (tokens,) float32, 0 elsewhere; in packed rows of `max_tokens`."""
+    nats, places = np.zeros(len(corpus.ids), np.float32), np.arange(len(corpus.ids))
+    chunks = [np.arange(i, min(i + 256, len(corpus))) for i in range(0, len(corpus), 256)]
+    for samples in tqdm(chunks, "losses", disable=None, leave=False):
+        for batch in data.micro_batches(corpus, places, samples, max_tokens):
+            nll = batch.to(model.lm_head.weight.device).nll(model).cpu()
+            nats[batch.prior[batch.loss_mask].numpy()] = nll[batch.loss_mask].numpy()  # prior: its place in the corpus
+    return nats
+
+
+def check_reference(reference: str, model: str, tokenizer: Tokenizer, context: int) -> None:
+    """Refuse a reference whose losses could not be compared with the model's, token by token."""
+    folder = resolve(reference)
+    config = read_config(folder)
+    if not weight_files(folder):
+        raise ValueError(f"--reference {reference}: no weights in the folder")
+    if Tokenizer(folder, config["vocab_size"]).backend.get_vocab() != tokenizer.backend.get_vocab():
+        reason = f"its tokenizer is not that of {model}; losses of other tokens cannot be compared"
+        raise ValueError(f"--reference {reference}: {reason}")
+    if context > (room := config.get("max_position_embeddings", 2048)):
+        raise ValueError(f"--context {context}: the reference {reference} has {room} positions")
+
+
+def fingerprint(folder: Path, corpus: Corpus, made_by: list[str]) -> str:
+    """SHA-256 of all that scores depend on: a model folder's files, a corpus, and how they are made; shortened."""
+    sha = hashlib.sha256(f"{made_by} {corpus.text}".encode())
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with open(path, "rb") as f:
+            sha.update(f"{path.name} {hashlib.file_digest(f, 'sha256').hexdigest()}".encode())
+    for array in (corpus.ids, corpus.kind, corpus.starts, corpus.spans):
+        sha.update(np.ascontiguousarray(array))
+    return sha.hexdigest()[:24]
+
+
+def read_array(path: Path, shape: tuple) -> np.ndarray | None:
+    """What was kept there; None where there is nothing, or nothing of use."""
+    try:
+        found = np.load(path) if path.is_file() else None
+    except (ValueError, EOFError, OSError) as e:
+        print(f"{path}: damaged ({e}); made again")
+        return None
+    return found if found is None or found.shape == shape else None
+
+
+def write_array(path: Path, values: np.ndarray) -> None:
+    """Complete under its name or not at all; two writers at once do no harm."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{uuid4().hex}.part.npy")
+    np.save(part, values)
+    part.replace(path)
