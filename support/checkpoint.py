@@ -70,7 +70,7 @@ def finished(cfg, out: Path) -> bool:
 def run_folder(cfg, ranks: Ranks) -> Iterator[Path]:
     """The folder of this run, new or where it stopped; no other process may write it meanwhile."""
     if ranks.size > 1 and not cfg.out:
-        raise ValueError("--out is missing: with several processes a run needs a folder that all of them see")
+        raise everywhere(ValueError("--out is missing: several processes need a folder that all of them see"))
     locks = []
     try:
         yield Path(ranks.first(lambda: str(lock_run_folder(cfg, locks))))
