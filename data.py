@@ -249,44 +249,43 @@ def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: 
 
 
 def tokenize(documents: list[list[tuple[int, str]]], tokenizer: Tokenizer) -> Corpus:
-    """Rendered documents -> their tokens, uncut, each with its BOS."""
+    """Rendered documents -> their tokens, uncut, each with its BOS; some megabytes of text at a time, on all cores."""
     size = np.cumsum([sum(len(s) for _, s in pieces) for pieces in documents])
-    ids, kinds, spans, lengths, texts, shift = [np.zeros(0, np.int32)], [], [], [0], [], 0
-    bar = tqdm(documents, "tokenizing", disable=None, leave=False)
-    for _, chunk in groupby(zip(size // 4_000_000, bar), key=lambda pair: pair[0]):  # characters: keeps all cores busy
-        chunk = [[*segments([(SPECIAL, tokenizer.bos_token), *pieces])] for _, pieces in chunk]
-        parts = [part for document in chunk for part in document]
-        strings = ["".join(s for k, s in part if k < END) for part in parts]  # "" for a token by name
-        found = iter(
-            tokenizer.backend.encode_batch([s for s in strings if s], add_special_tokens=False)
-        )  # on all cores
-        encoded = [next(found) if s else None for s in strings]
-        tokens = [e.ids if e else [tokenizer.id(s) for k, s in part if k >= END] for part, e in zip(parts, encoded)]
-        offsets = [e.offsets if e else [(0, 0) for k, _ in part if k >= END] for part, e in zip(parts, encoded)]
-        count = np.array([*map(len, tokens)])
-        ends = np.cumsum([*map(len, strings)])
-        span = np.fromiter(chain.from_iterable(chain.from_iterable(offsets)), np.int64).reshape(-1, 2)
-        span += np.repeat(ends - [*map(len, strings)], count)[:, None]
-        kind = np.repeat(np.array([part[0][0] for part in parts], np.uint8), count)
-        # In a prompt's string, the tokens that hold any character of the row's text are PROMPT, the others TEMPLATE.
-        written = [piece for part in parts for piece in part if piece[0] < END]
-        is_prompt = np.repeat([k == PROMPT for k, _ in written] + [False], [len(s) for _, s in written] + [1])
-        before = np.concatenate([[0], np.cumsum(is_prompt)])
-        begin = np.minimum(span[:, 0], len(is_prompt) - 1)
-        stop = np.maximum(span[:, 1], begin + 1)  # a tokenizer may give white space an empty span: see what follows it
-        kind[kind < RESPONSE] = np.where(before[stop] > before[begin], PROMPT, TEMPLATE)[kind < RESPONSE]
-        kind[kind == SPECIAL] = TEMPLATE
-        ids.append(np.fromiter(chain.from_iterable(tokens), np.int32))
-        kinds.append(kind)
-        spans.append(span + shift)
-        lengths += np.add.reduceat(count, np.cumsum([0, *map(len, chunk)])[:-1]).tolist()
-        texts += strings
-        shift += int(ends[-1])
-    kinds, spans = (
-        np.concatenate([ids[0].astype(np.uint8), *kinds]),
-        np.concatenate([np.zeros((0, 2), np.int64), *spans]),
-    )
-    return Corpus(np.concatenate(ids), kinds, np.cumsum(lengths), spans, text="".join(texts))
+    numbered = zip(size // 4_000_000, tqdm(documents, "tokenizing", disable=None, leave=False))
+    chunks = [
+        encode([pieces for _, pieces in chunk], tokenizer) for _, chunk in groupby(numbered, lambda pair: pair[0])
+    ]
+    ids, kinds, spans, lengths, texts = zip(*(chunks or [encode([], tokenizer)]))
+    begin = np.cumsum([0, *map(len, texts)])
+    spans, starts = [span + at for span, at in zip(spans, begin)], np.cumsum([0, *chain(*lengths)])
+    return Corpus(np.concatenate(ids), np.concatenate(kinds), starts, np.concatenate(spans), text="".join(texts))
+
+
+def encode(documents: list[list[tuple[int, str]]], tokenizer: Tokenizer) -> tuple:
+    """(ids, kinds, spans, tokens of each document, text) of documents end to end; spans are characters of that text."""
+    documents = [[*segments([(SPECIAL, tokenizer.bos_token), *pieces])] for pieces in documents]
+    parts = [part for document in documents for part in document]
+    texts = ["".join(s for kind, s in part if kind < END) for part in parts]  # "" for a token by name
+    found = iter(tokenizer.backend.encode_batch([text for text in texts if text], add_special_tokens=False))
+    tokens, offsets = [], []
+    for part, text in zip(parts, texts):
+        encoding = next(found) if text else None
+        tokens.append(encoding.ids if text else [tokenizer.id(name) for kind, name in part if kind >= END])
+        offsets.append(encoding.offsets if text else [(0, 0)] * len(tokens[-1]))
+    count, length = (np.array([*map(len, column)], np.int64) for column in (tokens, texts))  # of each part
+    spans = np.fromiter(chain.from_iterable(chain.from_iterable(offsets)), np.int64).reshape(-1, 2)
+    spans += np.repeat(np.cumsum(length) - length, count)[:, None]
+    kinds = np.repeat(np.array([part[0][0] for part in parts], np.uint8), count)
+    # In a prompt's string, the tokens that hold any character of the row's text are PROMPT, the others TEMPLATE.
+    written = [piece for part in parts for piece in part if piece[0] < END]
+    is_prompt = np.repeat([kind == PROMPT for kind, _ in written] + [False], [len(s) for _, s in written] + [1])
+    before = np.cumsum(is_prompt) - is_prompt  # how many characters of prompts there are before each character
+    begin = np.minimum(spans[:, 0], len(before) - 2)
+    stop = np.maximum(spans[:, 1], begin + 1)  # a tokenizer may give white space an empty span: see what follows it
+    prompt_or_not = np.where(before[stop] > before[begin], PROMPT, TEMPLATE)
+    kinds = np.select([kinds == SPECIAL, kinds < RESPONSE], [TEMPLATE, prompt_or_not], kinds).astype(np.uint8)
+    ends = np.cumsum([0, *count])[np.cumsum([0, *map(len, documents)])]
+    return np.fromiter(chain.from_iterable(tokens), np.int32), kinds, spans, np.diff(ends), "".join(texts)
 
 
 def segments(pieces: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:

@@ -86,23 +86,23 @@ def random(corpus: Corpus, seed: int = 0) -> np.ndarray:
     return spread(judged, np.random.default_rng((seed, 0, 1)).random(int(judged.sum()), np.float32))
 
 
-def none(corpus: Corpus, seed: int = 0) -> np.ndarray:
-    """No token is judged, so none is important."""
-    return np.full(len(corpus.ids), -np.inf, np.float32)
-
-
 def judgeable(corpus: Corpus) -> np.ndarray:
     """(T,) bool, True on a sample's own text: neither template nor begin nor end tokens."""
     return (corpus.kind == PROMPT) | (corpus.kind == RESPONSE)
 
 
-def spread(judged: np.ndarray, scores: np.ndarray) -> np.ndarray:
+def spread(judged: np.ndarray, scores) -> np.ndarray:
     out = np.full(len(judged), -np.inf, np.float32)
     out[judged] = scores
     return out
 
 
-ONCE = {"none": none, "random": random, "frequency": frequency, "tfidf": tfidf}
+ONCE = {
+    "none": lambda corpus, seed: spread(judgeable(corpus), -np.inf),
+    "random": random,
+    "frequency": frequency,
+    "tfidf": tfidf,
+}
 
 # In every step: (nll, prior) -> score, (T,) each; nll is detached.
 

@@ -225,10 +225,7 @@ class Llama(nn.Module):
     ) -> "Llama":
         """A model from a folder in the published layout, or from a Hub name such as "meta-llama/Llama-3.2-3B".
 
-        A folder with a config and no weights gives fresh ones, drawn from `seed`.
-
-        Raises:
-            ValueError: naming the file or tensor: not a Llama, a damaged file, a missing or misshapen tensor.
+        A folder with a config and no weights gives fresh ones, drawn from `seed`. ValueError names what is wrong.
         """
         folder = resolve(name)
         with torch.device("meta"):

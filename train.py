@@ -1,7 +1,7 @@
 """Fine-tune a Llama with SFT-GO: configuration, one optimizer step, sharding, the loop.
 
     python train.py                                     the demo, on a CPU, in about a minute
-    torchrun --nproc-per-node 8 train.py --recipe …     the same code; --help lists every flag, --recipe list the paper's
+    torchrun --nproc-per-node 8 train.py --recipe …     the same code; --recipe list prints the paper's runs
 
 One step: a batch of samples, cut into micro-batches -> nll of each supervised token -> nats and tokens of each group,
 summed over the whole step -> the objective's price of a nat in each group -> backward on price × nats -> AdamW.
@@ -13,8 +13,6 @@ import argparse
 import json
 import math
 import os
-import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -43,11 +41,11 @@ from data import TEMPLATES, Batch, Corpus
 from model import Llama, LlamaConfig
 from published.config import read_config
 from published.hub import data_file, resolve
-from published.tokenizer import Tokenizer, require_trained_headers
+from published.tokenizer import Tokenizer
 from published.weights import DTYPES, weight_files
 from sftgo import group_sums, lam_at
 from support import checkpoint, report, scores
-from support.llmlingua2 import LLMLINGUA2, need_transformers
+from support.llmlingua2 import LLMLINGUA2
 from support.named import named
 from support.ranks import Ranks, command, everywhere
 from support.recipes import RECIPES, table
@@ -61,8 +59,7 @@ OBJECTIVES = {f.__name__: f for f in (sftgo.sft_go, sftgo.cross_entropy, sftgo.i
 UNIT = (lambda x: 0 <= x <= 1), "in [0, 1]"
 BELOW_ONE = (lambda x: 0 <= x < 1), "in [0, 1)"
 POSITIVE, NOT_NEGATIVE = ((lambda x: 0 < x < 2**31), "above 0"), ((lambda x: 0 <= x < 2**31), "0 or above")
-FUNCTION = "or FILE.py:NAME of a function"
-SCOPES, SHARDS = ("step", "micro_batch"), ("fsdp", "ddp")
+NAMES, SCOPES, SHARDS = ("list", *RECIPES), ("step", "micro_batch"), ("fsdp", "ddp")
 SCHEDULES, COMPUTE_DTYPES = ("cosine", "linear", "constant"), ("bfloat16", "float32")
 
 
@@ -74,11 +71,9 @@ def opt(default, help: str, check: tuple = ((lambda x: True), ""), choices: tupl
 class Config:
     """Every setting of a run; one command-line flag each, generated from here."""
 
-    recipe: str | None = opt(
-        None, "settings by name, which other flags override; list prints them", choices=("list", *RECIPES)
-    )
+    recipe: str | None = opt(None, "named settings; other flags override them; list prints them", choices=NAMES)
     model: str | None = opt(
-        None, "model folder in the published layout, or a Hub name; without weights they start fresh"
+        None, "folder in the published layout, or a Hub name; a config alone starts from fresh weights"
     )
     data: str | None = opt(None, "training data: JSON or JSONL, each also .gz; or hf://datasets/ORGANISATION/NAME/FILE")
     template: str = opt("auto", "how a row becomes text; auto follows the data", choices=("auto", *TEMPLATES))
@@ -90,9 +85,9 @@ class Config:
     drop_last: bool = opt(False, "skip an epoch's last, short batch")
 
     objective: str | None = opt(
-        None, f"{', '.join(OBJECTIVES)}, {FUNCTION} (default: sft_go; of no groups cross_entropy)"
+        None, f"{', '.join(OBJECTIVES)} or FILE.py:NAME (default: sft_go; without groups the second)"
     )
-    grouper: str = opt("tfidf", f"{', '.join(groupers.NAMES)}, {FUNCTION}")
+    grouper: str = opt("tfidf", f"{', '.join(groupers.NAMES)} or FILE.py:NAME")
     eta: tuple[float, ...] = opt(
         (0.9,), "percentile: 0.9 makes a sample's top 10 %% important; two: three groups", UNIT
     )
@@ -132,23 +127,17 @@ class Config:
                     raise ValueError(f"--{f.name.replace('_', '-')} {x}: expected {expected}")
         named(self.objective, OBJECTIVES, "--objective")
         named(self.grouper, dict.fromkeys(groupers.NAMES, print), "--grouper")
-        tokens, rho1 = self.micro_batch_tokens, self.grouper == "rho1"
+        tokens, none, rho1 = self.micro_batch_tokens, self.grouper == "none", self.grouper == "rho1"
+        missing = "--data" if self.model else "--model"
         for wrong, message in (
-            (not self.model, "--model is missing; give both --model and --data, or neither for the demo"),
-            (not self.data, "--data is missing; give both --model and --data, or neither for the demo"),
+            (
+                not (self.model and self.data),
+                f"{missing} is missing; give both --model and --data, or neither for the demo",
+            ),
             (self.lam_min > self.lam_max, f"--lam-min {self.lam_min} is above --lam-max {self.lam_max}"),
-            (
-                tokens < self.context - 1,
-                f"--micro-batch-tokens {tokens} cannot hold --context {self.context}: lower it",
-            ),
-            (
-                self.grouper == "none" and self.objective == "important_only",
-                f"--objective {self.objective}: no --grouper",
-            ),
-            (
-                rho1 and not self.reference,
-                "--grouper rho1 needs --reference, a model trained on data of the same domain",
-            ),
+            (tokens < self.context - 1, f"--micro-batch-tokens {tokens} cannot hold --context {self.context}"),
+            (none and self.objective == "important_only", "--objective important_only needs a --grouper"),
+            (rho1 and not self.reference, "--grouper rho1 needs --reference, a model of the same domain"),
             (not rho1 and self.reference, f"--reference is for --grouper rho1 alone, not {self.grouper}"),
             (self.cache and Path(self.cache).is_file(), f"--cache {self.cache}: a file, expected a folder"),
         ):
@@ -163,23 +152,19 @@ METAVARS = {str: "PATH", int: "N", float: "X"} | dict.fromkeys(("recipe", "objec
 def parse_args(argv: list[str] | None = None) -> Config:
     """Flags -> Config: defaults, then the recipe's values, then what was given."""
     argv = sys.argv[1:] if argv is None else argv
-    shape = partial(argparse.HelpFormatter, max_help_position=34, width=110)
+    how = dict(allow_abbrev=False, formatter_class=partial(argparse.HelpFormatter, max_help_position=34, width=110))
     about = "Fine-tune a Llama with SFT-GO. Without --model and --data it runs the demo."
-    parser = argparse.ArgumentParser(
-        "train.py", "train.py [--flag VALUE …]", about, allow_abbrev=False, formatter_class=shape
-    )
-    section = parser
+    section = parser = argparse.ArgumentParser("train.py", "train.py [--flag VALUE …]", about, **how)
     for f in fields(Config):
         section = parser.add_argument_group(SECTIONS[f.name]) if f.name in SECTIONS else section
         kind, default, choices = (get_args(f.type) or [f.type])[0], f.default, f.metadata["choices"]
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        how = {"help": f.metadata["help"] + (f" (default: {shown})" if default is not None and default is not False else "")}
+        how = {"help": f.metadata["help"] + (f" (default: {shown})" if shown is not None and kind is not bool else "")}
         if kind is bool:
             how["action"] = argparse.BooleanOptionalAction
         else:
-            metavar = METAVARS.get(f.name, None if choices else METAVARS[kind])
-            nargs = {"eta": "+", "betas": 2}.get(f.name)
-            how |= {"type": kind, "choices": choices, "metavar": metavar, "nargs": nargs}
+            how |= {"type": kind, "choices": choices, "nargs": {"eta": "+", "betas": 2}.get(f.name)}
+            how |= {"metavar": METAVARS.get(f.name, None if choices else METAVARS[kind])}
         section.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(argv))
     given |= {name: tuple(given[name]) for name in ("eta", "betas") if name in given}
@@ -190,11 +175,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
         given["recipe"] = "demo"
     given = RECIPES.get(given.get("recipe"), {}) | given
     if given.get("grouper") == "rho1" and not given.get("reference"):
-        run = shlex.join(["train.py", *(flag for flag in argv if flag != "--dry-run")])
-        raise ValueError(
-            "--grouper rho1 needs --reference, a model trained on data of the same domain. Train one, then the run itself:\n"
-            f"  {run} --grouper none --objective cross_entropy --out runs/reference\n  {run} --reference runs/reference/model"
-        )
+        raise ValueError(scores.how_to_reference(argv))
     return Config(**given)
 
 
@@ -220,15 +201,9 @@ def backward(cost: Tensor, nats: Tensor) -> None:
 
 
 def step(
-    model: Llama,
-    batches: list[Batch],
-    objective: Objective,
-    label: Label,
-    reduce: Callable[[Tensor], Tensor] = lambda t: t,
-    groups: int = 2,
-    constant_price: bool = False,
+    model, batches: list[Batch], objective: Objective, label: Label, reduce=lambda t: t, groups=2, constant_price=False
 ) -> tuple[Tensor, Tensor]:
-    """Put this rank's part of the gradient of one optimizer step into `.grad`; returns the step's nats and tokens, (K,).
+    """Put this rank's part of one optimizer step's gradient into `.grad`; returns the step's nats and tokens, (K,).
 
     The loss depends on the parameters through the step's nats alone, so its gradient is Σ_k price_k · ∇nats_k: exact,
     however the step is cut into micro-batches and over ranks. The ranks' parts add up to it.
@@ -243,7 +218,7 @@ def step(
         tokens = reduce(torch.stack([batch.loss_mask.sum() for batch in batches]).sum())
         cost = (1 / tokens.double()).expand(groups)
     else:
-        with torch.set_grad_enabled(len(batches) == 1):  # one graph fits: look, then pay; several: first a look, +1/3
+        with torch.set_grad_enabled(len(batches) == 1):  # one graph fits: look, then pay; of several look first, +1/3
             looks = [sums(model, batch, label, groups) for batch in batches]
         cost = price(objective, *total(looks, reduce))
     done = []
@@ -255,7 +230,7 @@ def step(
 
 
 def micro_batch_step(
-    model: Llama, batches: list[Batch], objective: Objective, label: Label, reduce=lambda t: t, groups: int = 2
+    model, batches: list[Batch], objective: Objective, label: Label, reduce=lambda t: t, groups=2
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`--scope micro_batch`: Σ_m (N_m / N) · objective(micro-batch m), what a loss in an ordinary trainer approximates.
 
@@ -265,9 +240,7 @@ def micro_batch_step(
     done, loss = [], supervised.new_zeros((), dtype=torch.float64)
     for batch, share in zip(batches, supervised / reduce(supervised.sum())):
         nats, tokens = sums(model, batch, label, groups)
-        cost = (
-            price(objective, nats, tokens) if share else nats.new_zeros(groups)
-        )  # a blank row takes part all the same
+        cost = price(objective, nats, tokens) if share else nats.new_zeros(groups)  # a blank row still takes part
         backward(share * cost, nats)
         loss += share * objective(nats.detach(), tokens) if share else 0.0
         done.append((nats.detach(), tokens))
@@ -297,9 +270,7 @@ def build(cfg: Config, folder: Path, ranks: Ranks) -> Llama:
         fully_shard(model, mesh=mesh, mp_policy=cast)
         for module in model.modules():
             if hasattr(module, "set_gradient_divide_factor"):
-                module.set_gradient_divide_factor(
-                    1.0
-                )  # a sum over ranks, no mean: prices count every token of the step
+                module.set_gradient_divide_factor(1.0)  # a sum over ranks, no mean: prices count the step's tokens
                 module.set_force_sum_reduction_for_comms(True)
     model.recompute = cfg.checkpoint_activations
     return model.fill(folder, ranks.device, cfg.seed, own_rows)
@@ -314,7 +285,7 @@ def own_rows(p: torch.nn.Parameter) -> tuple[Tensor, slice]:
 
 
 def finish_gradients(model: Llama, largest: float, ranks: Ranks) -> float:
-    """Add the gradients up over ranks (fsdp did), scale them to a norm of at most `largest` (0: not); returns their norm."""
+    """Sum the gradients over ranks (fsdp did), scale them to a norm of at most `largest` (0: not); returns the norm."""
     for p in model.parameters():
         if ranks.size > 1 and not isinstance(p, DTensor):
             dist.all_reduce(p.grad)
@@ -326,7 +297,7 @@ def finish_gradients(model: Llama, largest: float, ranks: Ranks) -> float:
 
 
 def lr_at(step: int, total_steps: int, lr: float, schedule: str, warmup_ratio: float) -> float:
-    """Learning rate after `step` finished steps: linear warm-up over ceil(ratio · total), never 0; then the schedule."""
+    """Learning rate after `step` finished steps: linear warm-up over ceil(ratio · total), never 0; then `schedule`."""
     warmup = math.ceil(warmup_ratio * total_steps - 1e-9)  # 0.07 of 100 is 7, in floats too
     if step < warmup:
         return lr * (step + 1) / warmup
@@ -334,16 +305,7 @@ def lr_at(step: int, total_steps: int, lr: float, schedule: str, warmup_ratio: f
     return lr * {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[schedule]
 
 
-def adamw(model: Llama, cfg: Config) -> torch.optim.AdamW:
-    """AdamW in float32, weight decay on matrices only."""
-    matrices, norms = ([p for p in model.parameters() if (p.ndim == 1) == is_norm] for is_norm in (False, True))
-    sets = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": norms, "weight_decay": 0.0}]
-    return torch.optim.AdamW(sets, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
-
-
-def update(
-    model: Llama, optimizer, batches: list[Batch], cfg: Config, done: int, total_steps: int, ranks: Ranks
-) -> dict:
+def update(model, optimizer, batches: list[Batch], cfg: Config, done: int, total_steps: int, ranks: Ranks) -> dict:
     """One optimizer step, the one after `done` others; returns its part of the log.
 
     Raises:
@@ -375,20 +337,16 @@ def update(
     return row
 
 
-def loop(
-    cfg: Config, model: Llama, corpus: Corpus, prior, out: Path, total_steps: int, per_epoch: int, ranks: Ranks
-) -> bool:
+def loop(cfg: Config, model, corpus: Corpus, prior, out: Path, total_steps: int, per_epoch: int, ranks: Ranks) -> bool:
     """The steps that are still to do; False where a SIGTERM ended them."""
-    optimizer, order, stopped = adamw(model, cfg), None, []
-    begun = checkpoint.resume(out, model, optimizer, ranks)
-    print(
-        f"run     {out}, on {ranks.device.type}"
-        + f", {ranks.size} ranks" * (ranks.size > 1)
-        + f", after step {begun}" * bool(begun)
-    )
-    before = signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+    matrices, norms = ([p for p in model.parameters() if (p.ndim == 1) == is_norm] for is_norm in (False, True))
+    sets = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(sets, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+    begun, order = checkpoint.resume(out, model, optimizer, ranks), None
+    print(f"run     {out}, on {ranks}" + f", after step {begun}" * bool(begun))
     log = open(out / "metrics.jsonl" if ranks.rank == 0 else os.devnull, "a", encoding="utf-8")
-    with log, tqdm(total=total_steps, initial=begun, unit="step", disable=None, dynamic_ncols=True) as bar:
+    bar = tqdm(total=total_steps, initial=begun, unit="step", disable=None, dynamic_ncols=True)
+    with ranks.sigterm() as asked_to_stop, log, bar:
         for done in range(begun, total_steps):
             epoch, at = divmod(done, per_epoch)
             if at == 0 or order is None:
@@ -400,37 +358,25 @@ def loop(
             row |= report.speed(int((corpus.lengths[order[at]] - 1).sum()), time.perf_counter() - began, ranks.device)
             log.write(json.dumps(row) + "\n")
             log.flush()
-            bar.set_postfix_str(f"loss {row['loss']:.3f}")
+            bar.set_postfix_str(report.brief(row))
             bar.update()
             last = done + 1 == total_steps
             if done == begun or last or (done + 1) % math.ceil(total_steps / 10) == 0:
                 bar.write(f"step {done + 1}/{total_steps} | {report.line(row)}", file=sys.stdout)
-            stop = bool(ranks.sum(torch.tensor(len(stopped), device=ranks.device)))  # a signal may reach one rank first
+            stop = asked_to_stop()
             if cfg.checkpoint_every and (stop or last or (done + 1) % cfg.checkpoint_every == 0):
                 checkpoint.save(out, done + 1, model, optimizer, cfg.keep, ranks)
             if stop and not last:
-                saved = (
-                    f"resume with --out {out}" if cfg.checkpoint_every else "nothing is saved (--checkpoint-every 0)"
-                )
+                saved = f"resume with --out {out}" if cfg.checkpoint_every else "nothing saved (--checkpoint-every 0)"
                 print(f"stopped by SIGTERM after step {done + 1} of {total_steps}; {saved}", flush=True)
-                break
-    signal.signal(signal.SIGTERM, before)
-    return last
+                return False
+    return True
 
 
 def prepare(cfg: Config, folder: Path) -> tuple[LlamaConfig, Tokenizer, Corpus]:
-    """Refuse what would only fail later; then read the data."""
     llama = LlamaConfig(**read_config(folder))
     tokenizer = Tokenizer(folder, llama.vocab_size)
-    if cfg.context > (room := llama.max_position_embeddings):
-        raise ValueError(f"--context {cfg.context}: {cfg.model} has {room} positions (max_position_embeddings)")
-    if cfg.template == "llama3":
-        require_trained_headers(folder, tokenizer)
-    if cfg.grouper == "rho1":
-        scores.check_reference(cfg.reference, cfg.model, tokenizer, cfg.context)
-    if cfg.grouper == "llmlingua2":
-        need_transformers()
-        resolve(cfg.llmlingua_model)
+    scores.check(cfg, folder, llama, tokenizer)
     return llama, tokenizer, data.load_corpus(data_file(cfg.data), tokenizer, cfg.template, cfg.context)
 
 

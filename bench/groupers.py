@@ -1,14 +1,14 @@
 """Time the groupers against what people would otherwise use, in one run, on one thread.
 
     python bench/groupers.py                    tfidf and llmlingua2, a few minutes on two cores
-    python bench/groupers.py --one tfidf        TF-IDF on all of Alpaca, against scikit-learn's TfidfVectorizer on the same token ids
-    python bench/groupers.py --one llmlingua2   mBERT's shape, random weights, against the llmlingua package with the same weights
+    python bench/groupers.py --one tfidf        Alpaca's token ids, against scikit-learn's TfidfVectorizer on the same
+    python bench/groupers.py --one llmlingua2   mBERT's shape, random weights, against the llmlingua package with them
     python bench/groupers.py --one xlmr         XLM-R large's shape, random weights, bf16: pieces per second on a GPU
 
-TF-IDF goes from token ids to a score for each token. LLMLingua-2 goes from texts to a probability for each character; the package has
-no call that ends there, so it also drops words and writes what is left, as it is used.
-`llmlingua` needs `pip install -e ".[peers]"`, scikit-learn `".[test]"`. The package's tiktoken, which it would download, is replaced by
-one that costs nothing.
+TF-IDF is timed from token ids to a score for each token, LLMLingua-2 from texts to a probability for each character.
+The llmlingua package has no call that ends there: its time includes dropping words and writing the rest, as it is used.
+`llmlingua` needs `pip install -e ".[peers]"`, scikit-learn `".[test]"`. The package's tiktoken, which it would
+download, is replaced by one that costs nothing.
 """
 
 import argparse
@@ -29,8 +29,11 @@ import torch
 from classifiers import MBERT, SHAPES, XLMR, classifier_folder
 
 import groupers
-from data import RESPONSE, Corpus, Tokenizer, load_corpus, read_rows
-from files import write_json
+from data import RESPONSE, Corpus, load_corpus
+from published.files import write_json
+from published.rows import read_rows
+from published.tokenizer import Tokenizer
+from support.llmlingua2 import Classifier
 
 
 def timed(work, repeats: int) -> tuple[float, float]:
@@ -57,8 +60,9 @@ def tfidf() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = tokenizer_of(Path(folder))
     corpus = load_corpus(SHARED / "data" / "alpaca" / "alpaca_data.json.gz", tokenizer, "alpaca", 4096)
-    judged, mask, docs = groupers.judgeable(corpus), torch.from_numpy(corpus.loss_mask), torch.from_numpy(corpus.doc_ids)
-    documents = [ids[keep].tolist() for ids, keep in zip(np.split(corpus.ids, corpus.starts[1:-1]), np.split(judged, corpus.starts[1:-1]))]
+    mask, docs = torch.from_numpy(corpus.loss_mask), torch.from_numpy(corpus.doc_ids)
+    judged = groupers.judgeable(corpus)
+    documents = [corpus.ids[a:b][judged[a:b]].tolist() for a, b in zip(corpus.starts, corpus.starts[1:])]
     counts = f"{len(corpus.ids):,} tokens, {judged.sum():,} counted, {mask.sum():,} supervised"
     print(f"tfidf       Alpaca, GPT-NeoX's tokenizer: {len(corpus):,} samples, {counts}")
 
@@ -72,7 +76,8 @@ def tfidf() -> None:
     def per_token() -> list[list[float]]:
         vectorizer, rows = matrix()
         column = vectorizer.vocabulary_
-        scores = (dict(zip(rows.indices[a:b].tolist(), rows.data[a:b].tolist())) for a, b in zip(rows.indptr, rows.indptr[1:]))
+        spans = zip(rows.indptr, rows.indptr[1:])
+        scores = (dict(zip(rows.indices[a:b].tolist(), rows.data[a:b].tolist())) for a, b in spans)
         return [[score[column[i]] for i in ids] for score, ids in zip(scores, documents)]
 
     theirs = np.concatenate(per_token())
@@ -80,7 +85,8 @@ def tfidf() -> None:
     (ours, _), (both, _) = timed(lambda: groupers.tfidf(corpus), 7), timed(grouped, 7)
     (alone, _), (each, _) = timed(matrix, 3), timed(per_token, 3)
     print(f"            a score for each token {ours:.3f} s, and groups {both:.3f} s")
-    print(f"            TfidfVectorizer's matrix {alone:.3f} s ({alone / ours:.1f}x), read out by token {each:.3f} s ({each / ours:.1f}x)")
+    by_token = f"read out by token {each:.3f} s ({each / ours:.1f}x)"
+    print(f"            TfidfVectorizer's matrix {alone:.3f} s ({alone / ours:.1f}x), {by_token}")
 
 
 def answers(corpus: Corpus, pieces: int, rng: np.random.Generator) -> list[str]:
@@ -112,24 +118,23 @@ def llmlingua2(pieces: int) -> None:
             texts = answers(corpus, pieces, np.random.default_rng(0))
             place = Path(folder) / name
             place.mkdir()
-            classifier = groupers.Classifier(classifier_folder(place, MBERT, texts, 30_000, SHAPES[MBERT]))
+            classifier = Classifier(classifier_folder(place, MBERT, texts, 30_000, SHAPES[MBERT]))
             ids, _, starts = classifier.pieces(texts)
             ours, ours_wall = timed(lambda: classifier.keep(texts), 3)
             classifier = None  # its memory
             compressor = package(place / MBERT)
             theirs, theirs_wall = timed(lambda: compressor.compress_prompt_llmlingua2(texts, rate=0.5), 1)
-            print(
-                f"llmlingua2  {name}: {len(texts):,} answers, {len(ids):,} pieces (median {int(np.median(np.diff(starts)))}); "
-                f"{len(ids) / ours_wall:,.0f} pieces/s, the package {len(ids) / theirs_wall:,.0f}: {theirs_wall / ours_wall:.1f}x "
-                f"(processor time {theirs / ours:.1f}x)"
-            )
+            rate, package_rate = len(ids) / ours_wall, len(ids) / theirs_wall
+            what = f"{len(texts):,} answers, {len(ids):,} pieces (median {int(np.median(np.diff(starts)))})"
+            speed = f"{rate:,.0f} pieces/s, the package {package_rate:,.0f}: {rate / package_rate:.1f}x"
+            print(f"llmlingua2  {name}: {what}; {speed} (processor time {theirs / ours:.1f}x)")
 
 
 def xlmr(pieces: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     texts = [row["conversations"][1] for _, row in read_rows(SHARED / "data" / "lima" / "train.jsonl.gz")]
     with tempfile.TemporaryDirectory() as folder:
-        classifier = groupers.Classifier(classifier_folder(folder, XLMR, texts, 30_000, SHAPES[XLMR]), device)
+        classifier = Classifier(classifier_folder(folder, XLMR, texts, 30_000, SHAPES[XLMR]), device)
     ids, _, starts = classifier.pieces(texts)
     windows = [window for window in classifier.windows(ids, starts) if window[1] <= pieces]
     read = sum(b - a for a, b in windows)
@@ -140,13 +145,11 @@ def xlmr(pieces: int) -> None:
 
 def main() -> None:
     intro, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="groupers.py", description=intro, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("groupers.py", None, intro, rest, formatter_class=shape, allow_abbrev=False)
     parser.add_argument("--one", choices=("tfidf", "llmlingua2", "xlmr"), help="time this alone")
-    parser.add_argument(
-        "--pieces", type=int, default=8_000, metavar="N", help="tokens a classifier reads (default: 8,000; a GPU takes more)"
-    )
+    pieces = "tokens a classifier reads (default: 8,000; a GPU takes more)"
+    parser.add_argument("--pieces", type=int, default=8_000, metavar="N", help=pieces)
     args = parser.parse_args()
     if not (SHARED / "data").is_dir():
         sys.exit(f"error: {SHARED}: no data here; set SFTGO_SHARED to the folder that has data/lima and data/alpaca")

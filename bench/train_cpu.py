@@ -1,4 +1,4 @@
-"""Time one fixed training workload on this machine's CPU: two Llamas, LIMA, SFT-GO with TF-IDF groups, whole optimizer steps.
+"""Time one fixed training workload on this machine's CPU: two Llamas, LIMA, SFT-GO with TF-IDF groups, complete steps.
 
     python bench/train_cpu.py                        a minute on two cores
     python bench/train_cpu.py --out numbers.json     the same numbers, to keep
@@ -6,12 +6,13 @@
     small     demo/base's shape
     large     a Llama of about 40M parameters, same tokenizer and vocabulary
 
-Both start from fresh weights. Each is a run of train.py itself, in a process of its own, so what is timed is the loop people
-use, and the peak memory is that model's; the numbers come from the run's metrics.jsonl. A step's seconds hold packing,
-forward, backward, clipping and AdamW. Nothing is kept but --out.
+Both start from fresh weights. Each is a run of train.py itself, in a process of its own, so the loop that people use
+is what is timed; the numbers come from the run's metrics.jsonl. A step's seconds include packing, forward, backward,
+clipping and AdamW. Peak memory is the process's, so it includes reading and tokenizing the data. Nothing is kept but
+--out.
 
-Compare peak memory at equal --steps only: on a CPU, torch keeps oneDNN's kernels for each new row length, so it rises for some
-dozens of steps.
+Compare peak memory at equal --steps only: on a CPU, torch keeps oneDNN's kernels for each new row length, so it rises
+for some dozens of steps.
 """
 
 import argparse
@@ -28,43 +29,43 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from files import read_json, write_json
 from model import Llama, LlamaConfig
+from published.config import read_config
+from published.files import read_json, write_json
 
 SHARED = Path(os.environ.get("SFTGO_SHARED", ROOT.parent / "shared"))
 DTYPE = "bfloat16"
-WORKLOAD = {
-    "template": "plain", "context": 1024, "batch-size": 8, "micro-batch-tokens": 8 * 1024, "grouper": "tfidf", "eta": 0.9,
-    "lam-max": 0.9, "lr": 1e-4, "clip": 1.0, "seed": 0, "dtype": DTYPE,
-}  # fmt: skip
+WORKLOAD = {"template": "plain", "context": 1024, "batch-size": 8, "micro-batch-tokens": 8 * 1024, "grouper": "tfidf"}
+WORKLOAD |= {"eta": 0.9, "lam-max": 0.9, "lr": 1e-4, "clip": 1.0, "seed": 0, "dtype": DTYPE}
+LARGE = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8)
 SHAPES = {  # what each changes of demo/base's config.json
     "small": {},
-    "large": dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4, head_dim=64),
+    "large": LARGE | dict(num_key_value_heads=4, head_dim=64),
 }
 STEPS = {"small": 12, "large": 4}  # the first one of each warms up and is not counted
 
 
 def lay_out(base: Path, folder: Path, shape: dict) -> int:
     """A model folder without weights, from demo/base's config and tokenizer; returns the model's parameters."""
-    LlamaConfig.from_folder(base)  # complains of what is not one
+    read_config(base)  # refuses what is not a Llama
     folder.mkdir()
     write_json(folder / "config.json", read_json(base / "config.json") | shape)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(base / name, folder / name)
     with torch.device("meta"):
-        return sum(p.numel() for p in Llama(LlamaConfig.from_folder(folder)).parameters())
+        return sum(p.numel() for p in Llama(LlamaConfig(**read_config(folder))).parameters())
 
 
-def train(model: Path, data: Path, out: Path, *more: str) -> list[dict]:
-    """Run train.py on the CPU; returns its metrics, one row a step. It says itself what is wrong, and shows its progress bar."""
-    flags = [str(part) for name, value in WORKLOAD.items() for part in (f"--{name}", value)]
-    places = ["--model", str(model), "--data", str(data), "--out", str(out), "--cache", str(out.parent / "cache")]
-    command = [sys.executable, str(ROOT / "train.py"), *places, *flags, *more]
-    code = subprocess.run(command, stdout=subprocess.DEVNULL, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}).returncode
+def train(model: Path, data: Path, out: Path, steps: int) -> list[dict]:
+    """Run train.py on the CPU; returns its metrics, one row a step. It shows its errors and its progress bar itself."""
+    flags = {"model": model, "data": data, "out": out, "max-steps": steps} | WORKLOAD
+    command = [sys.executable, ROOT / "train.py", *(part for name, x in flags.items() for part in (f"--{name}", x))]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    code = subprocess.run([*map(str, command)], stdout=subprocess.DEVNULL, env=environment).returncode
     if code:
-        sys.exit(code if code > 0 else f"error: {model.name}: train.py was killed by signal {-code}; is there enough memory?")
-    metrics = out / "metrics.jsonl"
-    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.is_file() else []
+        killed = f"error: {model.name}: train.py was killed by signal {-code}; is there enough memory?"
+        sys.exit(code if code > 0 else killed)
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def summary(model: str, parameters: int, rows: list[dict]) -> dict:
@@ -89,8 +90,8 @@ def summary(model: str, parameters: int, rows: list[dict]) -> dict:
 def machine() -> dict:
     """What the numbers depend on besides the code; `load` is what else was running before we began."""
     cpuinfo = Path("/proc/cpuinfo")
-    facts = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line) if cpuinfo.is_file() else {}
-    facts = {name.strip(): value.strip() for name, value in facts.items()}
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     return {
         "cpu": facts.get("model name", "unknown"),
         "bf16_instructions": sorted({"amx_bf16", "avx512_bf16"} & set(facts.get("flags", "").split())),
@@ -113,33 +114,30 @@ def bench(base: Path, data: Path, models: list[str], steps: int | None, out: Pat
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         parameters = {name: lay_out(base, work / name, SHAPES[name]) for name in models}
-        train(work / models[0], data, work / "plan", "--dry-run")  # tokenizes for all, so that no model's peak holds the tokenizer's
-        print(
-            f"machine   {about['cpu']} ({', '.join(about['bf16_instructions']) or 'no bf16 instructions known'}), cores {about['cores']}, "
-            f"threads {about['threads']}, load {about['load']}; torch {about['torch']}, {about['dtype']}", flush=True,
-        )  # fmt: skip
+        cpu = f"{about['cpu']} ({', '.join(about['bf16_instructions']) or 'no bf16 instructions known'})"
+        cores = f"cores {about['cores']}, threads {about['threads']}, load {about['load']}"
+        print(f"machine   {cpu}, {cores}; torch {about['torch']}, {about['dtype']}", flush=True)
         for name in models:
-            rows = train(work / name, data, work / f"{name}-run", "--max-steps", str(steps or STEPS[name]))
+            rows = train(work / name, data, work / f"{name}-run", steps or STEPS[name])
             results.append(r := summary(name, parameters[name], rows))
-            print(
-                f"{name:<8}  {r['parameters'] / 1e6:.1f}M parameters | {r['steps']} steps | {r['tokens_per_second']:,.0f} tokens/s | "
-                f"{r['supervised_tokens_per_second']:,.0f} supervised tokens/s | {r['seconds_per_step_median']:.3f} s/step (median) | "
-                f"peak {r['peak_memory_bytes'] / 1e9:.2f} GB", flush=True,
-            )  # fmt: skip
+            speed = f"{r['tokens_per_second']:,.0f} tokens/s"
+            speed += f" | {r['supervised_tokens_per_second']:,.0f} supervised tokens/s"
+            speed += f" | {r['seconds_per_step_median']:.3f} s/step (median)"
+            size = f"{r['parameters'] / 1e6:.1f}M parameters | {r['steps']} steps"
+            print(f"{name:<8}  {size} | {speed} | peak {r['peak_memory_bytes'] / 1e9:.2f} GB", flush=True)
     if out:
         write_json(out, {"machine": about, "workload": WORKLOAD, "data": str(data), "results": results})
 
 
 def main() -> None:
     intro, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="train_cpu.py", description=intro, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    flag = parser.add_argument
-    flag("--data", type=Path, default=SHARED / "data/lima/train.jsonl.gz", metavar="FILE", help="LIMA (default: the one in SFTGO_SHARED)")
-    flag("--base", type=Path, default=ROOT / "demo/base", metavar="FOLDER", help="whose config and tokenizer to use (default: demo/base)")
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("train_cpu.py", None, intro, rest, formatter_class=shape, allow_abbrev=False)
+    flag, lima, base = parser.add_argument, SHARED / "data/lima/train.jsonl.gz", ROOT / "demo/base"
+    flag("--data", type=Path, default=lima, metavar="FILE", help="LIMA (default: the one in SFTGO_SHARED)")
+    flag("--base", type=Path, default=base, metavar="FOLDER", help="its config and tokenizer (default: demo/base)")
     flag("--one", choices=tuple(SHAPES), help="time this model only")
-    flag("--steps", type=int, metavar="N", help="steps of each model, the first not counted (default: 12 small, 4 large)")
+    flag("--steps", type=int, metavar="N", help="steps, the first not counted (default: 12 small, 4 large)")
     flag("--out", type=Path, metavar="FILE.json", help="write the numbers here too")
     args = parser.parse_args()
     try:

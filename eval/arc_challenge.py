@@ -5,15 +5,17 @@ from pathlib import Path
 from eval.rows import Row, Source
 from eval.score import Item
 
-TEST = Source("arc_challenge", "ARC-Challenge-Test.jsonl", "allenai/ai2_arc", "ARC-Challenge/test-*.parquet", rows=1_172)
+FILES = "ARC-Challenge-Test.jsonl", "allenai/ai2_arc", "ARC-Challenge/test-*.parquet"
+TEST = Source("arc_challenge", *FILES, rows=1_172)
 
 
 def question(row: Row, stem: str) -> tuple[str, tuple[str, ...], int]:
-    """(stem, choices, gold): released, the stem and the choices lie in `question`; on the Hub they lie beside the answer."""
+    """(stem, choices, gold): released, `question` holds the stem and the choices; on the Hub the row does."""
     if isinstance(row.fields.get("question"), dict):
         inner = row.row("question")
-        choices = [Row(f"{row.where}: choices", choice if isinstance(choice, dict) else {}) for choice in inner.get("choices", list)]
-        text, labels = (tuple(choice.get(name) for choice in choices) for name in ("text", "label"))
+        found = [choice if isinstance(choice, dict) else {} for choice in inner.get("choices", list)]
+        found = [Row(f"{row.where}: choices", choice) for choice in found]
+        text, labels = (tuple(choice.get(name) for choice in found) for name in ("text", "label"))
         return inner.get("stem"), text, row.index("answerKey", labels)
     choices = row.row("choices")
     text, labels = choices.strings("text"), choices.strings("label")
@@ -23,8 +25,5 @@ def question(row: Row, stem: str) -> tuple[str, tuple[str, ...], int]:
 
 
 def load(data: Path) -> list[Item]:
-    items = []
-    for i, row in enumerate(TEST.read(data)):
-        stem, choices, gold = question(row, "question")
-        items.append(Item("arc_challenge", i, f"Question: {stem}\nAnswer:", choices, gold))
-    return items
+    found = [question(row, "question") for row in TEST.read(data)]
+    return [Item("arc_challenge", i, f"Question: {stem}\nAnswer:", *rest) for i, (stem, *rest) in enumerate(found)]

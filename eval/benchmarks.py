@@ -1,4 +1,4 @@
-"""What `--tasks` may name."""
+"""The benchmarks that `--tasks` can name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ def single(results: Results) -> dict:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark's rows lie, its items from the data folder, and what its items' metrics come to."""
+    """Where a benchmark's rows lie, its items from the data folder, and the summary of its items' metrics."""
 
     sources: tuple[Source, ...]
     load: Callable[[Path], list[Item] | list[Prompt]]
@@ -42,7 +42,8 @@ BENCHMARKS = {
 
 def task_names(given: str) -> list[str]:
     """The tasks in "a,b", each once; "all" is every one."""
-    names = list(BENCHMARKS) if given == "all" else list(dict.fromkeys(name.strip().lower() for name in given.split(",") if name.strip()))
+    names = [name.strip().lower() for name in given.split(",") if name.strip()]
+    names = list(BENCHMARKS) if given == "all" else list(dict.fromkeys(names))
     for name in names:
         if name not in BENCHMARKS:
             near = get_close_matches(name, BENCHMARKS, 3, 0.5) or list(BENCHMARKS)

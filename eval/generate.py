@@ -1,4 +1,4 @@
-"""Greedy continuations of prompts, to the harness's rules: in batches of like length, each ended by its stop strings."""
+"""Greedy continuations of prompts by the harness's rules, in batches of similar length, ended by stop strings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,17 +7,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Tokenizer
 from eval.score import ALONE, Encoder
-from files import read_json
 from model import Llama
+from published.files import read_json
+from published.tokenizer import Tokenizer
+from support.generate import generate
 
-OTHERS = "or score the others: --tasks mmlu,mmlu_5shot,mathqa,arc_challenge,openbookqa,hellaswag,truthfulqa_mc"  # without an extra
+NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}  # leave greedy decoding unchanged
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One item that is answered in words."""
+    """One item that the model answers in words."""
 
     task: str
     doc_id: int
@@ -26,26 +27,27 @@ class Prompt:
     stops: tuple[str, ...]
     judge: Callable[[str], dict]  # the response -> its metrics
 
+    @property
+    def asked(self) -> dict:
+        return {"task": self.task, "doc_id": self.doc_id, "prompt": self.text}
+
 
 def respond(
     model: Llama,
     encoder: Encoder,
     prompts: list[tuple[str, int, tuple[str, ...]]],
     stop_ids: tuple[int, ...],
-    world=ALONE,
+    ranks=ALONE,
     cached_tokens: int | None = None,
     name: str = "writing",
 ) -> list[str]:
-    """What the model writes after each prompt.
+    """What the model writes after each prompt, without special tokens, up to a stop string or the end token's text.
 
     Args:
-        prompts: (text, most new tokens, stop strings); a prompt is cut from the left so that they fit the model's window.
-        stop_ids: tokens that end a sequence.
-        world: ranks that share the batches; rank 0 gets all texts, the others an empty list.
-        cached_tokens: positions in one batch's key/value cache; None: 32,768 on a CPU, what two fifths of the free memory hold on a GPU.
-
-    Returns:
-        the decoded new tokens of each, without special tokens, up to the first of its stop strings or of the end token's text.
+        prompts:       (text, most new tokens, stop strings); a prompt is cut from the left to fit the model's window.
+        stop_ids:      tokens that end a sequence.
+        ranks:         share the batches; each gets all texts.
+        cached_tokens: positions in one batch's key/value cache; None: 32,768 on a CPU, 2/5 of a GPU's free memory.
 
     Raises:
         ValueError: the new tokens alone would fill the window.
@@ -53,33 +55,42 @@ def respond(
     window, tokenizer = model.cfg.max_position_embeddings, encoder.tokenizer
     for _, most, _ in prompts:
         require_room(most, window, name)
-    cached_tokens = cached_tokens or room_for(model)
-    ids = [found[-(window - most) :] or [tokenizer.bos] for (_, most, _), found in zip(prompts, encoder([text for text, *_ in prompts]))]
+    cached_tokens, encoded = cached_tokens or room_for(model), encoder([text for text, *_ in prompts])
+    ids = [found[-(window - most) :] or [tokenizer.bos] for (_, most, _), found in zip(prompts, encoded)]
     order = sorted(range(len(prompts)), key=lambda i: (prompts[i][1:], len(ids[i])), reverse=True)
     batches = [order[:1]]
     for i in order[1:]:
-        batch, (_, most, stops) = batches[-1], prompts[batches[-1][0]]
-        alike = prompts[i][1:] == (most, stops)
-        if not alike or (len(batch) + 1) * (len(ids[batch[0]]) + most) > cached_tokens or len(batch) * world.size >= len(prompts):
+        batch, limits = batches[-1], prompts[batches[-1][0]][1:]
+        full = (len(batch) + 1) * (len(ids[batch[0]]) + limits[0]) > cached_tokens
+        if prompts[i][1:] != limits or full or len(batch) * ranks.size >= len(prompts):
             batches.append([])
         batches[-1].append(i)
-    mine = batches[world.rank :: world.size]
-    texts: dict[int, str] = {}
-    with tqdm(desc=name, total=sum(map(len, mine)), unit="item", disable=None, leave=False) as bar:
-        for batch in mine:
-            _, most, stops = prompts[batch[0]]
-            stopper = Stopper(stops, tokenizer.decode, bar)
-            for i, tokens in zip(batch, model.generate([ids[i] for i in batch], most, stop_ids=stop_ids, ended=stopper)):
-                texts[i] = trimmed(tokenizer.decode(tokens), (*stops, tokenizer.end_token))
-            bar.update(len(batch) - stopper.stopped)
-    parts = world.gather(name, list(texts.items()))
-    texts = {i: text for part in parts for i, text in part}
-    return [texts[i] for i in range(len(prompts))] if parts else []
+
+    def work() -> dict[int, str]:
+        texts, mine = {}, batches[ranks.rank :: ranks.size]
+        with tqdm(desc=name, total=sum(map(len, mine)), unit="item", disable=None, leave=False) as bar:
+            for batch in mine:
+                _, most, stops = prompts[batch[0]]
+                stopper = Stopper(stops, tokenizer.decode, bar)
+                new = generate(model, [ids[i] for i in batch], most, stop_ids=stop_ids, ended=stopper)
+                texts |= {i: trimmed(tokenizer.decode(t), (*stops, tokenizer.end_token)) for i, t in zip(batch, new)}
+                bar.update(len(batch) - stopper.stopped)
+        return texts
+
+    texts = {i: text for part in ranks.together(work) for i, text in part.items()}
+    return [texts[i] for i in range(len(prompts))]
+
+
+def needed(task: str, packages: str) -> ValueError:
+    others = "mmlu,mmlu_5shot,mathqa,arc_challenge,openbookqa,hellaswag,truthfulqa_mc"
+    install = 'install it with: pip install -e ".[harness]"'
+    return ValueError(f"{task} needs {packages}; {install}, or score the others: --tasks {others}")
 
 
 def require_room(most: int, window: int, name: str) -> None:
     if most >= window:
-        raise ValueError(f"{name}: up to {most:,} new tokens leave no room for a prompt in this model's window of {window:,} tokens")
+        said = f"up to {most:,} new tokens leave no room for a prompt in this model's window of {window:,} tokens"
+        raise ValueError(f"{name}: {said}")
 
 
 def room_for(model: Llama) -> int:
@@ -92,11 +103,11 @@ def room_for(model: Llama) -> int:
 
 
 class Stopper:
-    """Whether a sequence's newest tokens complete a stop string; as it is asked at every token, it also moves the progress bar."""
+    """Whether a sequence's newest tokens complete a stop string; called at every token, it also moves the bar."""
 
     def __init__(self, stops: tuple[str, ...], decode: Callable[[list[int]], str], bar: tqdm):
         self.stops, self.decode, self.bar = stops, decode, bar
-        self.recent = max(map(len, stops), default=0) + 4  # tokens that may hold one: a character or more each, but for a few bytes
+        self.recent = max(map(len, stops), default=0) + 4  # tokens that may hold one: most hold a character or more
         self.tokens = self.stopped = 0
 
     def __call__(self, tokens: list[int]) -> bool:
@@ -111,7 +122,7 @@ class Stopper:
 
 
 def trimmed(text: str, stops: tuple[str, ...]) -> str:
-    """What stands before each stop string's first occurrence."""
+    """The text before the first occurrence of each stop string."""
     for stop in stops:
         text = text.split(stop)[0] if stop else text
     return text
@@ -121,20 +132,21 @@ def end_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokens that end a text: those of the folder's generation_config.json, else the tokenizer's.
 
     Raises:
-        ValueError: the file asks for what changes greedy decoding, which the harness would heed.
+        ValueError: the file asks for what changes greedy decoding, which the harness would follow.
     """
     path = folder / "generation_config.json"
     settings = read_json(path) if path.is_file() else {}
-    for name, neutral in (("repetition_penalty", 1.0), ("no_repeat_ngram_size", 0), ("num_beams", 1)):
+    for name, neutral in NEUTRAL.items():
         if settings.get(name) not in (None, neutral):
-            raise ValueError(f"{path}: {name} is {settings[name]}, and generation here is plain greedy; take it out to score without it")
+            only = "generation here is plain greedy; take it out to score without it"
+            raise ValueError(f"{path}: {name} is {settings[name]}, and {only}")
     named = settings.get("eos_token_id")
     return tuple(named) if isinstance(named, list) else (tokenizer.end if named is None else named,)
 
 
 def write(
-    model: Llama, encoder: Encoder, prompts: list[Prompt], stop_ids: tuple[int, ...], world=ALONE, name: str = "writing"
+    model: Llama, encoder: Encoder, prompts: list[Prompt], stop_ids: tuple[int, ...], ranks, name: str
 ) -> list[dict]:
-    """What each item gives: the response and its metrics (rank 0; the others get nothing)."""
-    texts = respond(model, encoder, [(p.text, p.max_new_tokens, p.stops) for p in prompts], stop_ids, world, name=name)
+    """Each item's response and its metrics; on every rank."""
+    texts = respond(model, encoder, [(p.text, p.max_new_tokens, p.stops) for p in prompts], stop_ids, ranks, name=name)
     return [{"response": text, "metrics": prompt.judge(text)} for prompt, text in zip(prompts, texts)]

@@ -9,14 +9,22 @@ import sys
 from difflib import get_close_matches
 from pathlib import Path
 
+if not __package__:  # python PATH/eval/harness.py
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 
-from data import Tokenizer
 from eval import command_line
 from eval.generate import end_tokens, respond
-from eval.score import BOS, Encoder, log_likelihoods, packed
-from files import resolve, write_json
-from model import DTYPES, Llama, LlamaConfig
+from eval.score import Encoder, log_likelihoods
+from eval.sharing import packed
+from model import Llama
+from published.config import read_config
+from published.files import write_json
+from published.hub import resolve
+from published.tokenizer import Tokenizer
+from published.weights import DTYPES
+from support.ranks import command
 
 try:
     from lm_eval import simple_evaluate
@@ -25,24 +33,24 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 except ImportError as e:
-    sys.exit(f'error: eval.harness needs the lm-evaluation-harness ({e}); install it with: pip install -e ".[harness]"')
+    install = 'install it with: pip install -e ".[harness]"'
+    sys.exit(f"error: eval.harness needs the lm-evaluation-harness ({e}); {install}")
 
 
 class SFTGO(LM):
     """Our Llama and our scorer behind the harness's three questions."""
 
-    def __init__(self, model: str | Path, bos: str = "never", dtype: str = "bfloat16", batch_tokens: int | None = None, device=None):
+    def __init__(self, model: str | Path, bos: str = "never", dtype: str = "bfloat16", batch_tokens=None, device=None):
         super().__init__()
-        folder = resolve(model)
-        cfg = LlamaConfig.from_folder(folder)
-        self.encoder = Encoder(Tokenizer(folder, cfg.vocab_size), bos)
+        folder, self.batch_tokens = resolve(model), batch_tokens
+        self.encoder = Encoder(Tokenizer(folder, read_config(folder)["vocab_size"]), bos)
         self.stop_ids = end_tokens(folder, self.encoder.tokenizer)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = Llama.from_pretrained(folder, DTYPES[dtype], DTYPES[dtype], self._device)
-        self.batch_tokens = batch_tokens
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        values, greedy = log_likelihoods(self.model, list(self.encoder.pairs([r.args for r in requests])), self.batch_tokens)
+        pairs = list(self.encoder.pairs([r.args for r in requests]))
+        values, greedy = log_likelihoods(self.model, pairs, self.batch_tokens)
         return list(zip(values.tolist(), greedy.tolist()))
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
@@ -66,49 +74,43 @@ class SFTGO(LM):
             text, given = request.args
             how = normalize_gen_kwargs(given, 256)
             until, most = how.pop("until", []), how.pop("max_gen_toks")
-            if how.pop("do_sample", False) or how.pop("temperature", 0) > 0:
-                raise ValueError(f"{request.task_name}: asks for sampling ({given}), and generation here is greedy")
-            if other := sorted(how.keys() - {"top_p", "top_k"}):
-                raise ValueError(f"{request.task_name}: asks for {', '.join(other)} ({given}), and generation here is plain greedy")
+            sampling = how.pop("do_sample", False) or how.pop("temperature", 0) > 0
+            if other := "sampling" if sampling else ", ".join(sorted(how.keys() - {"top_p", "top_k"})):
+                raise ValueError(f"{request.task_name}: asks for {other} ({given}), and generation here is greedy")
             prompts.append((text, most, tuple(until)))
         return respond(self.model, self.encoder, prompts, self.stop_ids)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = command_line(
-        "python -m eval.harness", "Run tasks of the lm-evaluation-harness on a model folder, with this project's model and scorer."
-    )
+def run(argv: list[str] | None = None) -> None:
+    about = "Run tasks of the lm-evaluation-harness on a model folder, with this project's model and scorer."
+    parser = command_line("python -m eval.harness", about, scores=True)
     add = parser.add_argument
-    add("--model", required=True, metavar="PATH", help="folder in the published layout, OUT/model of a run for one, or a Hub name")
     add("--tasks", required=True, metavar="A,B", help="the harness's names")
     add("--include-path", metavar="PATH", help="folder with task files of your own")
     add("--num-fewshot", type=int, metavar="N", help="examples in each prompt (default: the task's)")
-    add("--limit", type=int, metavar="N", help="the first N items of each task")
-    add("--bos", default="never", choices=BOS, help="a BOS before each prompt (default: never)")
-    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of weights and activations (default: bfloat16)")
     add("--out", metavar="FILE.json", help="where to write the harness's results")
     args = parser.parse_args(argv)
-    try:
-        manager = TaskManager(include_path=args.include_path)
-        names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-        for name in names:
-            if name not in manager.all_tasks:
-                near = ", ".join(get_close_matches(name, manager.all_tasks)) or "none; `lm-eval ls tasks` lists them"
-                raise ValueError(f"--tasks {name}: the harness has no such task; nearest: {near}")
-        if not names or (args.limit is not None and args.limit < 1):
-            raise ValueError(f"--tasks {args.tasks!r}, --limit {args.limit}: expected at least one of each")
-        if args.out and Path(args.out).exists():
-            raise ValueError(f"{args.out}: exists; choose another --out, or move it away")
-        if args.out:
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        model = SFTGO(args.model, args.bos, args.dtype)
-        found = simple_evaluate(model, tasks=names, num_fewshot=args.num_fewshot, limit=args.limit, task_manager=manager, log_samples=False)
-        if args.out:
-            kept = {name: found[name] for name in ("results", "groups", "versions", "n-shot", "n-samples") if name in found}
-            write_json(Path(args.out), {"model": args.model, "bos": args.bos, "dtype": args.dtype, **kept})
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+    manager = TaskManager(include_path=args.include_path)
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    for name in names:
+        if name not in manager.all_tasks:
+            near = ", ".join(get_close_matches(name, manager.all_tasks)) or "none; `lm-eval ls tasks` lists them"
+            raise ValueError(f"--tasks {name}: the harness has no such task; nearest: {near}")
+    if not names or (args.limit is not None and args.limit < 1):
+        raise ValueError(f"--tasks {args.tasks!r}, --limit {args.limit}: expected at least one of each")
+    if args.out and Path(args.out).exists():
+        raise ValueError(f"{args.out}: exists; choose another --out, or move it away")
+    how = {"tasks": names, "num_fewshot": args.num_fewshot, "limit": args.limit, "task_manager": manager}
+    found = simple_evaluate(SFTGO(args.model, args.bos, args.dtype), log_samples=False, **how)
+    if args.out:
+        kept = {name: found[name] for name in ("results", "groups", "versions", "n-shot", "n-samples") if name in found}
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(args.out), {"model": args.model, "bos": args.bos, "dtype": args.dtype, **kept})
     print(make_table(found) + ("\n" + make_table(found, "groups") if found.get("groups") else ""))
+
+
+def main(argv: list[str] | None = None) -> None:
+    command(lambda: run(argv), "leave the GPU to this job alone", "interrupted; nothing was written")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""HellaSwag (Zellers et al. 2019): which of four endings goes on from a description; the endings are scored."""
+"""HellaSwag (Zellers et al. 2019): which of four endings continues a description; the endings are scored."""
 
 import re
 from pathlib import Path
@@ -34,6 +34,6 @@ def load(data: Path) -> list[Item]:
         endings = tuple(map(clean, row.strings("endings")))
         label = str(row.fields.get("label"))  # a digit, as a string on the Hub
         if label not in ("0", "1", "2", "3"):
-            raise ValueError(f"{row.where}: label is {label!r}, expected 0 to 3; the test split has none, take the validation split")
+            raise ValueError(f"{row.where}: label is {label!r}, expected 0 to 3; only the validation split has labels")
         items.append(Item("hellaswag", i, context(row), endings, int(label)))
     return items

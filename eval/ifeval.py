@@ -1,16 +1,16 @@
-"""IFEval (Zhou et al. 2023): instructions that a program can check. The 25 checks are the lm-evaluation-harness's own."""
+"""IFEval (Zhou et al. 2023): instructions that a program can check, by the lm-evaluation-harness's own 25 checks."""
 
 import logging
 import random
 from functools import cache, partial
 from pathlib import Path
 
-from eval.generate import OTHERS, Prompt
+from eval.generate import Prompt, needed
 from eval.rows import Source
 from eval.score import Results, mean
 
 TRAIN = Source("ifeval", "input_data.jsonl", "google/IFEval", "ifeval_input_data.jsonl", rows=541)
-DRAWN = {1122: 19, 1129: 22}  # key -> row, where the letter is "#" or "!": the harness draws another, so these have no settled result
+UNSETTLED = {1122: 19, 1129: 22}  # key -> row: the letter is "#" or "!", and the harness draws another at random
 
 
 @cache
@@ -19,21 +19,18 @@ def checks() -> dict:
     try:
         import langdetect
         import nltk
-    except ImportError as e:
-        raise ValueError(f'ifeval takes the lm-evaluation-harness; install it with: pip install -e ".[harness]"; {OTHERS}') from e
-    try:
+
         nltk.data.find("tokenizers/punkt_tab/english")
-    except LookupError as e:
-        raise ValueError(
-            "ifeval counts sentences with NLTK's punkt_tab, which is not here: python -m nltk.downloader punkt_tab "
-            f"(or set NLTK_DATA to the folder that holds tokenizers/punkt_tab); {OTHERS}"
-        ) from e
-    langdetect.DetectorFactory.seed = 0
-    logging.getLogger("lm_eval.tasks.ifeval.instructions").setLevel(logging.CRITICAL)  # it complains of each text without letters
-    try:
+        langdetect.DetectorFactory.seed = 0
+        logging.getLogger("lm_eval.tasks.ifeval.instructions").setLevel(
+            logging.CRITICAL
+        )  # or texts without letters warn
         from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
     except ImportError as e:
-        raise ValueError(f'ifeval takes the lm-evaluation-harness ({e}); install it with: pip install -e ".[harness]"') from e
+        raise needed("ifeval", f"the lm-evaluation-harness ({e})") from e
+    except LookupError as e:
+        fetch = "python -m nltk.downloader punkt_tab (or set NLTK_DATA to the folder that holds tokenizers/punkt_tab)"
+        raise ValueError(f"ifeval counts sentences with NLTK's punkt_tab, which is not here: {fetch}") from e
     return INSTRUCTION_DICT
 
 
@@ -41,16 +38,18 @@ def load(data: Path) -> list[Prompt]:
     """Prompts as they are; whatever the model writes until its end token is the response."""
     known, prompts = checks(), []
     for i, row in enumerate(TRAIN.read(data)):
-        names, arguments = row.strings("instruction_id_list"), row.get("kwargs", list)
+        names, given, text = row.strings("instruction_id_list"), row.get("kwargs", list), row.get("prompt")
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"{row.where}: the harness has no check {unknown[0]!r}; it is known to fit lm-eval 0.4.13")
-        if len(names) != len(arguments) or not all(isinstance(a, dict) for a in arguments):
-            raise ValueError(f"{row.where}: {len(names)} instructions and {len(arguments)} kwargs, expected an object for each")
-        arguments = [{name: value for name, value in a.items() if value} for a in arguments]
-        for name, given in zip(names, arguments):
-            if missing := [a for a in known[name]("").get_instruction_args_keys() if a not in given]:
-                raise ValueError(f"{row.where}: {name} without {', '.join(missing)}; the harness would draw it at random")
-        prompts.append(Prompt("ifeval", i, row.get("prompt"), 1280, (), partial(judge, row.get("prompt"), names, tuple(arguments))))
+        if len(names) != len(given) or not all(isinstance(a, dict) for a in given):
+            found = f"{len(names)} instructions and {len(given)} kwargs"
+            raise ValueError(f"{row.where}: {found}, expected an object for each")
+        arguments = tuple({argument: value for argument, value in a.items() if value} for a in given)
+        for name, a in zip(names, arguments):
+            if missing := [x for x in known[name]("").get_instruction_args_keys() if x not in a]:
+                drawn = "the harness would draw it at random"
+                raise ValueError(f"{row.where}: {name} without {', '.join(missing)}; {drawn}")
+        prompts.append(Prompt("ifeval", i, text, 1280, (), partial(judge, text, names, arguments)))
     return prompts
 
 
@@ -66,7 +65,7 @@ def judge(prompt: str, names: tuple[str, ...], arguments: tuple[dict, ...], resp
 def holds(prompt: str, name: str, arguments: dict, texts: list[str]) -> bool:
     """Whether one of the texts follows an instruction."""
     state = random.getstate()
-    random.seed(0)  # where a checker draws a letter (DRAWN) it always draws the same
+    random.seed(0)  # a checker that draws a letter (UNSETTLED) always draws the same
     try:
         check = checks()[name](name)
         check.build_description(**arguments)
@@ -87,9 +86,8 @@ def variants(response: str) -> list[str]:
 def summarize(results: Results) -> dict:
     """Shares of prompts with standard errors, and of instructions, pooled over prompts."""
     (rows,) = results.values()
-    prompts = [{name: value for name, value in row.items() if name.startswith("prompt")} for row in rows]
-    followed = {}
+    out = mean([{name: value for name, value in row.items() if name.startswith("prompt")} for row in rows])
     for name in ("inst_level_strict_acc", "inst_level_loose_acc"):
         held = [h for row in rows for h in row[name]]
-        followed[name] = sum(held) / len(held)
-    return mean(prompts) | followed | {"instructions": len(held), "unsettled_keys": [key for key, row in DRAWN.items() if row < len(rows)]}
+        out |= {name: sum(held) / len(held), "instructions": len(held)}
+    return out | {"unsettled_keys": [key for key, row in UNSETTLED.items() if row < len(rows)]}

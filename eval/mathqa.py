@@ -19,6 +19,8 @@ def load(data: Path) -> list[Item]:
     for i, row in enumerate(TEST.read(data)):
         answers, gold = choices(row.get("options")), row.index("correct", tuple("abcde"))
         if not answers:
-            raise ValueError(f"{row.where}: no answers in options {row.get('options')!r:.60}; expected 'a ) 1 , b ) 2 , …'")
-        items.append(Item("mathqa", i, f"Question: {row.get('Problem')}\nAnswer:", answers, gold))  # a gold beyond them is never right
+            found = f"no answers in options {row.get('options')!r:.60}"
+            raise ValueError(f"{row.where}: {found}; expected 'a ) 1 , b ) 2 , …'")
+        # A gold beyond the answers is never right.
+        items.append(Item("mathqa", i, f"Question: {row.get('Problem')}\nAnswer:", answers, gold))
     return items

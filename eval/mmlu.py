@@ -10,17 +10,18 @@ DEV = Source("mmlu", "dev.jsonl", "cais/mmlu", "all/dev-*.parquet", rows=285)
 LETTERS = ("A", "B", "C", "D")
 
 CATEGORIES = {
-    "STEM": """abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science college_mathematics
-        college_physics computer_security conceptual_physics electrical_engineering elementary_mathematics high_school_biology
-        high_school_chemistry high_school_computer_science high_school_mathematics high_school_physics high_school_statistics
-        machine_learning""".split(),
-    "other": """business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing medical_genetics
-        miscellaneous nutrition professional_accounting professional_medicine virology""".split(),
-    "social sciences": """econometrics high_school_geography high_school_government_and_politics high_school_macroeconomics
-        high_school_microeconomics high_school_psychology human_sexuality professional_psychology public_relations security_studies
-        sociology us_foreign_policy""".split(),
-    "humanities": """formal_logic high_school_european_history high_school_us_history high_school_world_history international_law
-        jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy prehistory professional_law world_religions""".split(),
+    "STEM": """abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science
+        college_mathematics college_physics computer_security conceptual_physics electrical_engineering
+        elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science
+        high_school_mathematics high_school_physics high_school_statistics machine_learning""".split(),
+    "other": """business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing
+        medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology""".split(),
+    "social sciences": """econometrics high_school_geography high_school_government_and_politics
+        high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality
+        professional_psychology public_relations security_studies sociology us_foreign_policy""".split(),
+    "humanities": """formal_logic high_school_european_history high_school_us_history high_school_world_history
+        international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy prehistory
+        professional_law world_religions""".split(),
 }
 SUBJECTS = {subject: category for category, subjects in CATEGORIES.items() for subject in subjects}
 
@@ -55,12 +56,17 @@ def load(data: Path, shots: int) -> list[Item]:
     for subject, rows in by_subject(TEST.read(data)).items():
         header = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
         header += "".join(f"{block(row)} {LETTERS[answer(row)]}\n\n" for row in examples[subject][:shots])
-        items += [Item(f"mmlu_{subject}", i, header + block(row), LETTERS, answer(row), ("acc",)) for i, row in enumerate(rows)]
+        items += [
+            Item(f"mmlu_{subject}", i, header + block(row), LETTERS, answer(row), ("acc",))
+            for i, row in enumerate(rows)
+        ]
     return items
 
 
 def summarize(results: Results) -> dict:
     """Accuracy by subject, by category and over all: each the mean over its items, not over its parts."""
     subjects = {name.removeprefix("mmlu_"): mean(values) for name, values in results.items()}
-    categories = {name: pooled([s for subject, s in subjects.items() if SUBJECTS[subject] == name]) for name in CATEGORIES}
+    categories = {
+        name: pooled([s for subject, s in subjects.items() if SUBJECTS[subject] == name]) for name in CATEGORIES
+    }
     return {**pooled(list(subjects.values())), "categories": categories, "subjects": subjects}

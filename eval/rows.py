@@ -1,11 +1,12 @@
-"""A benchmark's rows: where they lie under `--data`, where on the Hub, how many there must be, and their fields, checked."""
+"""A benchmark's rows: where they lie under `--data` and on the Hub, how many there must be; their fields, checked."""
 
 import csv
 import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import read_rows, text_of
+from published.files import read_text
+from published.rows import read_rows
 
 READ = (".parquet", ".json", ".jsonl", ".csv")
 
@@ -18,11 +19,13 @@ class Row:
     fields: dict
 
     def get(self, name: str, kind: type = str):
-        """A field of this type; ValueError where it is missing or another."""
+        """A field of this type; ValueError where it is missing or of another."""
         value = self.fields.get(name)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            found = f"it is {value!r:.60}" if name in self.fields else f"the row has {', '.join(map(str, self.fields)) or 'nothing'}"
-            raise ValueError(f"{self.where}: expected {name} ({kind.__name__}), but {found}; is this the benchmark's own file?")
+            has = f"the row has {', '.join(map(str, self.fields)) or 'nothing'}"
+            found = f"it is {value!r:.60}" if name in self.fields else has
+            expected = f"expected {name} ({kind.__name__})"
+            raise ValueError(f"{self.where}: {expected}, but {found}; is this the benchmark's own file?")
         return value
 
     def strings(self, name: str) -> tuple[str, ...]:
@@ -37,7 +40,7 @@ class Row:
         return Row(f"{self.where}: {name}", self.get(name, dict))
 
     def index(self, name: str, options: tuple[str, ...]) -> int:
-        """Where a field's value stands among the options."""
+        """The place of a field's value among the options."""
         value = self.get(name).strip()
         if value not in options:
             raise ValueError(f"{self.where}: {name} is {value!r}, expected one of {', '.join(options)}")
@@ -52,20 +55,16 @@ class Source:
     file: str  # as released; may be gzipped
     repository: str  # on the Hub
     pattern: str  # of its files there, which keep their paths under `folder`
-    rows: int  # of the whole split
+    rows: int  # of the complete split
 
     def paths(self, data: Path) -> list[Path]:
         """The files that hold the split, [] where there are none."""
         folder = Path(data) / self.folder
-        for name in (self.file, f"{self.file}.gz"):
-            if (folder / name).is_file():
-                return [folder / name]
-        return sorted(path for path in folder.glob(self.pattern) if path.is_file() and path.name.removesuffix(".gz").endswith(READ))
-
-    def fetch(self, data: Path) -> str:
-        """The likeliest fix, for an error message."""
-        tasks = "truthfulqa_mc,truthfulqa_gen" if self.folder == "truthfulqa" else self.folder
-        return f"fetch it with: python -m eval.download --tasks {tasks} --to {data}"
+        for path in (folder / self.file, folder / f"{self.file}.gz"):
+            if path.is_file():
+                return [path]
+        found = folder.glob(self.pattern)
+        return sorted(path for path in found if path.is_file() and path.name.removesuffix(".gz").endswith(READ))
 
     def read(self, data: Path) -> list[Row]:
         """Every row of the split, in the file's order.
@@ -73,30 +72,33 @@ class Source:
         Raises:
             ValueError: no file, one that cannot be read, or another number of rows than the benchmark has.
         """
+        tasks = "truthfulqa_mc,truthfulqa_gen" if self.folder == "truthfulqa" else self.folder
+        fetch = f"fetch it with: python -m eval.download --tasks {tasks} --to {data}"
         if not Path(data).is_dir():
-            raise ValueError(f"{data}: no such folder; --data holds a folder for each benchmark; {self.fetch(data)}")
+            raise ValueError(f"{data}: no such folder; --data holds a folder for each benchmark; {fetch}")
         paths = self.paths(data)
         if not paths:
-            raise ValueError(f"{Path(data) / self.folder}: no {self.file} (or .gz), nor the Hub's {self.pattern}; {self.fetch(data)}")
+            folder = Path(data) / self.folder
+            raise ValueError(f"{folder}: no {self.file} (or .gz), nor the Hub's {self.pattern}; {fetch}")
         rows = [row for path in paths for row in read_file(path)]
         if len(rows) != self.rows:
-            names = ", ".join(map(str, paths))
-            raise ValueError(
-                f"{names}: {len(rows):,} rows, but the benchmark has {self.rows:,}; cut short? Move it away and {self.fetch(data)}"
-            )
+            found = f"{', '.join(map(str, paths))}: {len(rows):,} rows, but the benchmark has {self.rows:,}"
+            raise ValueError(f"{found}; cut short? Move it away and {fetch}")
         return rows
 
 
 def read_file(path: Path) -> list[Row]:
     """The rows of a JSON, JSONL, CSV (each perhaps gzipped) or parquet file."""
     if path.suffix == ".parquet":
-        return [Row(f"{path}: row {i}", row) for i, row in enumerate(read_parquet(path), 1)]
-    if ".csv" in path.suffixes:
+        rows = read_parquet(path)
+    elif ".csv" in path.suffixes:
         try:
-            return [Row(f"{path}: row {i}", row) for i, row in enumerate(csv.DictReader(io.StringIO(text_of(path), newline="")), 1)]
+            rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
         except csv.Error as e:
             raise ValueError(f"{path}: not CSV ({e}); is a quotation mark left open?") from e
-    return [Row(where, row) for where, row in read_rows(path)]
+    else:
+        return [Row(where, row) for where, row in read_rows(path)]
+    return [Row(f"{path}: row {i}", row) for i, row in enumerate(rows, 1)]
 
 
 def read_parquet(path: Path) -> list[dict]:
@@ -104,8 +106,8 @@ def read_parquet(path: Path) -> list[dict]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as e:
-        raise ValueError(f'{path}: reading parquet takes pyarrow; install it with: pip install -e ".[parquet]"') from e
+        raise ValueError(f'{path}: parquet needs pyarrow; install it with: pip install -e ".[parquet]"') from e
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as e:
-        raise ValueError(f"{path}: not a whole parquet file ({e}); fetch it again") from e
+        raise ValueError(f"{path}: not an intact parquet file ({e}); fetch it again") from e

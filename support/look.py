@@ -1,9 +1,11 @@
-"""What do the groupers pick? Samples with their important tokens marked, in the terminal and as one HTML page (Figures 1a, 5-7).
+"""Which tokens do the groupers pick? Samples with them marked, in the terminal or as a page (Fig. 1a, 5-7).
 
-    python groupers.py                                              the demo's data under TF-IDF
-    python groupers.py --data FILE --model FOLDER --grouper tfidf,llmlingua2,rho1 --reference FOLDER --eta 0.9 --html FILE
+    python -m support.look                                          the demo's data under TF-IDF
+    python -m support.look --data FILE --model FOLDER --grouper tfidf,llmlingua2,rho1 --reference FOLDER --html FILE
 
-Off the reading path; runs as `python groupers.py`.
+`python PATH/support/look.py` is the same from any working directory.
+
+T tokens of the samples shown and counted.
 """
 
 import argparse
@@ -11,21 +13,31 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import torch
 
 import data
 import groupers
-from data import END, Corpus, Tokenizer
-from files import resolve, weight_files
-from model import DTYPES, Llama, LlamaConfig
-from recipes import RECIPES
-from train import check_reference, corpus_nll
+from data import END, Corpus
+from model import Llama, LlamaConfig
+from published.config import read_config
+from published.hub import data_file, resolve
+from published.tokenizer import Tokenizer
+from published.weights import DTYPES, weight_files
+from support.llmlingua2 import LLMLINGUA2, Classifier, keep_scores, need_transformers
+from support.named import named
+from support.ranks import command
+from support.recipes import RECIPES
+from support.scores import cheap, check_reference, corpus_nll
 
-NAMES = groupers.GROUPERS[1:]  # all but "none"
+NAMES = tuple(name for name in groupers.NAMES if name != "none")
 
 
 @dataclass
@@ -39,7 +51,7 @@ class View:
 
 
 def views(args: argparse.Namespace, corpus: Corpus, samples: np.ndarray, tokenizer: Tokenizer) -> list[View]:
-    """Each grouper on these samples of the corpus. A loss is that of the model as it is now, where training looks at each step."""
+    """Each grouper on these samples. Losses are those of --model as it is; training uses each step's own."""
     chosen, out = corpus.take(samples), []
     at = data.ragged(corpus.starts[samples], corpus.lengths[samples])
     mask, doc_ids = torch.from_numpy(chosen.loss_mask), torch.from_numpy(chosen.doc_ids)
@@ -49,13 +61,12 @@ def views(args: argparse.Namespace, corpus: Corpus, samples: np.ndarray, tokeniz
         if name == "loss":
             scores = nats
         elif name == "rho1":
-            check_reference(args, tokenizer)
+            check_reference(args.reference, args.model, tokenizer, args.context)
             scores = nats - losses(args.reference, chosen, args)
-        elif name == "llmlingua2":  # reads each answer by itself, so it need not read the others
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            scores = groupers.llmlingua2(chosen, groupers.Classifier(resolve(args.llmlingua_model), device))
+        elif name == "llmlingua2":  # reads each answer by itself, so the other samples are not needed
+            scores = keep_scores(chosen, Classifier(resolve(args.llmlingua_model), device()))
         else:
-            scores = groupers.score_corpus(name, corpus, args.seed, args.cache)[at]
+            scores = cheap(name, corpus, args.seed)[at]
         important = groupers.important(torch.from_numpy(scores), mask, doc_ids, args.eta).numpy()
         rank = np.full(len(scores), np.nan)
         for a, b in zip(chosen.starts, chosen.starts[1:]):
@@ -69,14 +80,18 @@ def losses(folder: str, corpus: Corpus, args: argparse.Namespace) -> np.ndarray:
     folder, dtype = resolve(folder), DTYPES[args.dtype]
     if not weight_files(folder):
         raise ValueError(f"{folder}: no weights in the folder, so no losses to look at")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return corpus_nll(Llama.from_pretrained(folder, dtype, dtype, device), corpus, 2 * args.context)
+    return corpus_nll(Llama.from_pretrained(folder, dtype, dtype, device()), corpus, 2 * args.context)
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pieces(corpus: Corpus, sample: int) -> tuple[str, list[tuple[int, str]]]:
-    """A sample as what comes before its first supervised token, and (place, text) of each token from there.
+    """A sample as the text before its first supervised token, and (place, text) of each token from there.
 
-    A character split over tokens is shown with the first of them; a space that a token's span leaves out, with that token.
+    A character split over several tokens is shown with the first of them, a space that no span covers with the token
+    after it.
     """
     a, b = corpus.starts[sample], corpus.starts[sample + 1]
     first = a + int(corpus.loss_mask[a:b].argmax())
@@ -89,7 +104,7 @@ def pieces(corpus: Corpus, sample: int) -> tuple[str, list[tuple[int, str]]]:
 
 
 def name_of(corpus: Corpus, sample: int) -> str:
-    """Which row of the file it is, and which piece of it where a long text was cut into pieces."""
+    """The sample's row in the file, and which piece of it where a long text was cut into pieces."""
     of_row = np.flatnonzero(corpus.rows == corpus.rows[sample])
     return f"row {corpus.rows[sample]}" + f", piece {sample - of_row[0] + 1}" * (len(of_row) > 1)
 
@@ -110,9 +125,7 @@ def marked(corpus: Corpus, answer: list[tuple[int, str]], view: View, colour: bo
         if state == "important" and text.isspace():
             text = text.replace("\n", "⏎\n")  # so that there is something to mark
         if state != was:
-            space = (
-                "" if text.isspace() else re.match(r"\s*", text)[0]
-            )  # a mark begins at the word, not before its space
+            space = "" if text.isspace() else re.match(r"\s*", text)[0]  # a mark begins after the space before a word
             out += [end[was], space, begin[state]]
             text = text[len(space) :]
         out.append(text)
@@ -130,14 +143,11 @@ def summary(corpus: Corpus, looked: list[View], tokenizer: Tokenizer) -> list[st
     mask = corpus.loss_mask
     lines = [f"counted over {len(corpus):,} samples, {mask.sum():,} supervised tokens"]
     for view in looked:
-        lines.append(
-            f"  {view.name:<11}{view.important[mask].mean():6.1%} important; most often {', '.join(most_picked(corpus, view, tokenizer))}"
-        )
+        often = ", ".join(most_picked(corpus, view, tokenizer))
+        lines.append(f"  {view.name:<11}{view.important[mask].mean():6.1%} important; most often {often}")
     if len(looked) > 1:
-        lines += [
-            "overlap: of the tokens that the row picks, the share that the column picks too",
-            " " * 13 + "".join(f"{v.name:>12}" for v in looked),
-        ]
+        lines.append("overlap: of the tokens that the row picks, the share that the column picks too")
+        lines.append(" " * 13 + "".join(f"{v.name:>12}" for v in looked))
         lines += [f"  {a.name:<11}" + "".join(f"{share:>12.0%}" for share in overlaps(a, looked)) for a in looked]
     return lines
 
@@ -146,10 +156,8 @@ def most_picked(corpus: Corpus, view: View, tokenizer: Tokenizer, n: int = 8) ->
     """The tokens it picks most often, each with its share of all that it picks."""
     ids, counts = np.unique(corpus.ids[view.important], return_counts=True)
     most = counts.argsort(kind="stable")[::-1][:n]
-    return [
-        f"{tokenizer.backend.decode([i], skip_special_tokens=False)!r} {c / counts.sum():.1%}"
-        for i, c in zip(ids[most], counts[most])
-    ]
+    texts = [tokenizer.backend.decode([i], skip_special_tokens=False) for i in ids[most]]
+    return [f"{text!r} {n / counts.sum():.1%}" for text, n in zip(texts, counts[most])]
 
 
 def overlaps(a: View, looked: list[View]) -> list[float]:
@@ -159,12 +167,14 @@ def overlaps(a: View, looked: list[View]) -> list[float]:
 # As a page.
 
 STYLE = """
-body { font: 15px/1.6 system-ui, sans-serif; margin: 0 auto; max-width: 110rem; padding: 1rem; color: #1a1a1a; background: #fff }
+body { font: 15px/1.6 system-ui, sans-serif; margin: 0 auto; max-width: 110rem; padding: 1rem }
+body { color: #1a1a1a; background: #fff }
 h1 { font-size: 1.3rem } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem } h3 { font-size: .95rem; margin: 0 0 .4rem }
 .sample { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)) }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #ddd; border-radius: 6px; padding: .7rem }
 .prompt { color: #6b6b6b } b { border-bottom: 2px solid #b3261e }
-.tables { display: flex; flex-wrap: wrap; gap: 1rem 3rem; align-items: start } .tables div { overflow-x: auto; max-width: 100% }
+.tables { display: flex; flex-wrap: wrap; gap: 1rem 3rem; align-items: start }
+.tables div { overflow-x: auto; max-width: 100% }
 table { border-collapse: collapse } th, td { padding: .15rem .7rem .15rem 0; text-align: right; white-space: nowrap }
 th:first-child, td.words { text-align: left } caption { text-align: left; color: #555; padding-bottom: .3rem }
 .scale { display: inline-block; width: 9rem; height: .9rem; vertical-align: middle;
@@ -175,33 +185,40 @@ th:first-child, td.words { text-align: left } caption { text-align: left; color:
 def page(corpus: Corpus, shown: list[int], looked: list[View], tokenizer: Tokenizer, title: str) -> str:
     """One self-contained page; whatever the data hold is text in it, never markup."""
     mask, total = corpus.loss_mask, int(corpus.loss_mask.sum())
-    shares = "".join(
-        f'<tr><th>{v.name}<td>{v.important[mask].mean():.1%}<td class="words">{escape(", ".join(most_picked(corpus, v, tokenizer, 5)))}'
-        for v in looked
-    )
-    head = "".join(f"<th>{v.name}" for v in looked)
-    overlap = "".join(
-        f"<tr><th>{a.name}" + "".join(f"<td>{share:.0%}" for share in overlaps(a, looked)) for a in looked
-    )
+    picked = [", ".join(most_picked(corpus, view, tokenizer, 5)) for view in looked]
+    names = [escape(view.name) for view in looked]
+    shares = [
+        f'<tr><th>{name}<td>{view.important[mask].mean():.1%}<td class="words">{escape(words)}'
+        for name, view, words in zip(names, looked, picked)
+    ]
+    overlap = [
+        f"<tr><th>{name}" + "".join(f"<td>{share:.0%}" for share in overlaps(view, looked))
+        for name, view in zip(names, looked)
+    ]
     out = [
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<!doctype html><html lang="en"><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
         f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>",
-        '<p>Shade: rank of the score among the answer\'s tokens, low <span class="scale"></span> high; <b>underlined</b>: important; '
-        '<span class="prompt">grey</span>: not trained on; ■: end token. Hover over a token for its score.',
-        f'<div class="tables"><div><table><caption>Share of {total:,} supervised tokens ({len(corpus):,} samples)</caption>',
-        f'<tr><th>grouper<th>important<td class="words">picked most often{shares}</table></div>',
-        "<div><table><caption>Of the row's important tokens, the share also important to the column</caption>",
-        f"<tr><th>{head}{overlap}</table></div></div>",
+        '<p>Shade: rank of the score among the answer\'s tokens, low <span class="scale"></span> high;',
+        '<b>underlined</b>: important; <span class="prompt">grey</span>: not trained on; ■: end token.',
+        "Hover over a token for its score.",
+        f'<div class="tables"><div><table><caption>Share of {total:,} supervised tokens',
+        f'({len(corpus):,} samples)</caption><tr><th>grouper<th>important<td class="words">picked most often',
+        *shares,
+        "</table></div><div><table>",
+        "<caption>Of the row's important tokens, the share also important to the column</caption>",
+        "<tr><th>" + "".join(f"<th>{name}" for name in names),
+        *overlap,
+        "</table></div></div>",
     ]
     for sample in shown:
         prompt, answer = pieces(corpus, sample)
-        out.append(
-            f'<h2>{escape(name_of(corpus, sample))}</h2><p class="text prompt">{escape(prompt)}</p><div class="sample">'
-        )
-        for view in looked:
+        out.append(f'<h2>{escape(name_of(corpus, sample))}</h2><p class="text prompt">{escape(prompt)}</p>')
+        out.append('<div class="sample">')
+        for name, view in zip(names, looked):
             texts = "".join(token(corpus, place, text, view) for place, text in answer)
-            out.append(f'<section class="text"><h3>{view.name}</h3>{texts}</section>')
+            out.append(f'<section class="text"><h3>{name}</h3>{texts}</section>')
         out.append("</div>")
     return "\n".join(out) + "</html>\n"
 
@@ -217,71 +234,32 @@ def token(corpus: Corpus, place: int, text: str, view: View) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="groupers.py",
-        description="Show which tokens the groupers pick, in the terminal and, with --html, as a page.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
-        allow_abbrev=False,
-    )
-    demo, flag = RECIPES["demo"], parser.add_argument
-    flag(
-        "--data", default=demo["data"], metavar="FILE", help="training data, as train.py takes it (default: the demo's)"
-    )
-    flag(
-        "--model",
-        default=demo["model"],
-        metavar="FOLDER",
-        help="whose tokenizer, and whose losses, to use (default: the demo's)",
-    )
-    flag(
-        "--grouper",
-        default="tfidf",
-        type=lambda text: text.split(","),
-        metavar="A,B,…",
-        help=f"any of {', '.join(NAMES)} (default: tfidf)",
-    )
-    flag(
-        "--eta",
-        default=0.9,
-        type=float,
-        metavar="X",
-        help="percentile: 0.9 makes each sample's top 10 %% important (default: 0.9)",
-    )
-    flag(
-        "--row",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="rows of the file to show, counted from 1, of a long text its first 3 pieces (default: 3 samples)",
-    )
-    flag(
-        "--stats",
-        default=50,
-        type=int,
-        metavar="N",
-        help="samples to count shares and overlaps over, besides those shown (default: 50)",
-    )
-    flag("--html", metavar="FILE", help="write a page too")
-    flag("--reference", metavar="FOLDER", help="rho1: the frozen reference model")
-    flag(
-        "--llmlingua-model",
-        default=groupers.LLMLINGUA2,
-        metavar="FOLDER",
-        help="llmlingua2: its token classifier (default: mBERT's)",
-    )
-    flag("--template", default="auto", choices=("auto", *data.TEMPLATES), help="how a row becomes text (default: auto)")
-    flag("--context", default=4096, type=int, metavar="N", help="tokens a sample is cut to (default: 4096)")
-    flag(
-        "--dtype",
-        default="bfloat16",
-        choices=("bfloat16", "float32"),
-        help="compute type of losses (default: bfloat16)",
-    )
-    flag("--seed", default=0, type=int, help="of the random grouper (default: 0)")
-    flag("--cache", type=Path, metavar="DIR", help="folder of tokens and scores to keep (default: none)")
+    about = "Show which tokens the groupers pick, in the terminal and, with --html, as a page."
+    shape = partial(argparse.HelpFormatter, max_help_position=30, width=110)
+    parser = argparse.ArgumentParser("python -m support.look", None, about, allow_abbrev=False, formatter_class=shape)
+    demo = RECIPES["demo"]
+
+    def flag(name: str, kind, default, metavar: str | None, help: str, **how) -> None:
+        help += f" (default: {default})" if isinstance(default, str | int | float) and "default" not in help else ""
+        parser.add_argument(name, type=kind, default=default, metavar=metavar, help=help, **how)
+
+    flag("--data", str, demo["data"], "FILE", "training data, as train.py takes it (default: the demo's)")
+    flag("--model", str, demo["model"], "FOLDER", "whose tokenizer, and whose losses, to use (default: the demo's)")
+    flag("--grouper", str, "tfidf", "A,B,…", f"any of {', '.join(NAMES)}, or FILE.py:NAME of a function")
+    flag("--eta", float, 0.9, "X", "percentile: 0.9 makes each sample's top 10 %% important")
+    flag("--row", int, None, "N", "rows of the file to show, from 1 (default: the first 3 samples)", nargs="+")
+    flag("--stats", int, 50, "N", "samples to count shares and overlaps over, besides those shown")
+    flag("--html", str, None, "FILE", "write a page too")
+    flag("--reference", str, None, "FOLDER", "rho1: the frozen reference model")
+    flag("--llmlingua-model", str, LLMLINGUA2, "FOLDER", "llmlingua2: its token classifier (default: mBERT's)")
+    flag("--template", str, "auto", None, "how a row becomes text", choices=("auto", *data.TEMPLATES))
+    flag("--context", int, 4096, "N", "tokens a sample is cut to")
+    flag("--dtype", str, "bfloat16", None, "compute type of losses", choices=("bfloat16", "float32"))
+    flag("--seed", int, 0, "N", "of the random grouper")
     args = parser.parse_args(argv)
-    if unknown := [name for name in args.grouper if name not in NAMES]:
-        parser.error(f"--grouper {','.join(args.grouper)}: no grouper {unknown[0]!r}; choose among {', '.join(NAMES)}")
+    args.grouper = args.grouper.split(",")
+    for name in args.grouper:
+        named(name, dict.fromkeys(NAMES, print), "--grouper")
     if "rho1" in args.grouper and not args.reference:
         parser.error("--grouper rho1 needs --reference, a model trained on data of the same domain")
     if args.stats < 0 or args.context < 2:
@@ -293,29 +271,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def look(args: argparse.Namespace) -> None:
     if "llmlingua2" in args.grouper:
-        groupers.need_transformers()
+        need_transformers()
     folder = resolve(args.model)
-    llama = LlamaConfig.from_folder(folder)
+    llama = LlamaConfig(**read_config(folder))
     tokenizer = Tokenizer(folder, llama.vocab_size)
-    corpus = data.load_corpus(data.data_file(args.data), tokenizer, args.template, args.context, args.cache)
-    if args.context > llama.max_position_embeddings and set(args.grouper) & set(groupers.IN_STEP):
-        raise ValueError(
-            f"--context {args.context}: {args.model} has {llama.max_position_embeddings} positions (max_position_embeddings)"
-        )
+    corpus = data.load_corpus(data_file(args.data), tokenizer, args.template, args.context)
+    if args.context > (room := llama.max_position_embeddings) and set(args.grouper) & set(groupers.IN_STEP):
+        raise ValueError(f"--context {args.context}: {args.model} has {room} positions (max_position_embeddings)")
     shown = np.arange(min(3, len(corpus)))
     if args.row:
         if missing := sorted(set(args.row) - set(corpus.rows.tolist())):
-            raise ValueError(
-                f"{args.data}: row {missing[0]} is not among the {len(corpus):,} samples (rows count from 1)"
-            )
-        shown = np.unique([i for row in args.row for i in np.flatnonzero(corpus.rows == row)[:3]])
+            found = f"is not among the {len(corpus):,} samples (rows count from 1)"
+            raise ValueError(f"{args.data}: row {missing[0]} {found}")
+        shown = np.unique([i for row in args.row for i in np.flatnonzero(corpus.rows == row)[:3]])  # 3 pieces of a text
     samples = np.union1d(shown, np.arange(min(args.stats, len(corpus))))
     looked, chosen = views(args, corpus, samples, tokenizer), corpus.take(samples)
     shown = np.searchsorted(samples, shown).tolist()
     if args.html:
-        Path(args.html).write_text(
-            page(chosen, shown, looked, tokenizer, f"{Path(args.data).name}, η {args.eta:g}"), encoding="utf-8"
-        )
+        title = f"{Path(args.data).name}, η {args.eta:g}"
+        Path(args.html).write_text(page(chosen, shown, looked, tokenizer, title), encoding="utf-8")
         print(f"wrote {args.html}")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for sample in shown:
@@ -328,12 +302,17 @@ def look(args: argparse.Namespace) -> None:
     print("\n".join(summary(chosen, looked, tokenizer)))
 
 
-def main() -> None:
+def program() -> None:
     try:
         look(parse_args())
+        sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, torch.OutOfMemoryError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+
+
+def main() -> None:
+    command(program, "lower --context", "interrupted")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,10 @@
 """The processes that torchrun started: how they share, wait and fail together; and how a command ends."""
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -34,6 +36,9 @@ class Ranks:
             again = "; a restart needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
             again = again if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else ""
             raise ValueError(f"rank {self.rank}: cannot connect to the other ranks ({first_line(e)}){again}") from e
+
+    def __str__(self) -> str:
+        return self.device.type + f", {self.size} ranks" * (self.size > 1)
 
     def __enter__(self) -> "Ranks":
         if self.rank:
@@ -92,6 +97,16 @@ class Ranks:
             return self.sum(t)
 
         return reduce
+
+    @contextmanager
+    def sigterm(self) -> Iterator[Callable[[], bool]]:
+        """SIGTERM does not end what runs inside; what this yields says whether any rank got one, on all alike."""
+        got = []
+        before = signal.signal(signal.SIGTERM, lambda *_: got.append(True))
+        try:
+            yield lambda: bool(self.sum(torch.tensor(len(got), device=self.device)))
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def everywhere(e: Exception) -> Exception:

@@ -50,6 +50,12 @@ def line(row: dict) -> str:
     return f"loss {row['loss']:.3f} | ce {row['ce']:.3f} | {groups} | {rates}{speed}"
 
 
+def brief(row: dict) -> str:
+    return f"loss {row['loss']:.3f}, " + ", ".join(
+        f"{name} {short(mean)}" for name, (mean, _) in groups_of(row).items()
+    )
+
+
 def speed(tokens: int, seconds: float, device: torch.device) -> dict:
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)

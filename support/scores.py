@@ -4,6 +4,7 @@ Each rank scores its share of the samples; one sum puts the shares together; one
 """
 
 import hashlib
+import shlex
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -17,12 +18,12 @@ from tqdm import tqdm
 import data
 import groupers
 from data import Corpus
-from model import Llama
+from model import Llama, LlamaConfig
 from published.config import read_config
 from published.hub import resolve
-from published.tokenizer import Tokenizer
+from published.tokenizer import Tokenizer, require_trained_headers
 from published.weights import DTYPES, weight_files
-from support.llmlingua2 import Classifier, keep_scores
+from support.llmlingua2 import Classifier, keep_scores, need_transformers
 from support.named import named
 from support.ranks import Ranks
 
@@ -32,7 +33,7 @@ def cheap(grouper: str, corpus: Corpus, seed: int) -> np.ndarray | None:
     if grouper in ("llmlingua2", "rho1"):
         return None
     if grouper in groupers.IN_STEP:
-        return groupers.none(corpus)  # it scores from the step's losses alone
+        return groupers.ONCE["none"](corpus, seed)  # it scores from the step's losses alone
     scores = named(grouper, groupers.ONCE, "--grouper")(corpus, seed)
     found = f"{getattr(scores, 'dtype', type(scores).__name__)} {getattr(scores, 'shape', '')}"
     if not isinstance(scores, np.ndarray) or scores.shape != corpus.ids.shape or scores.dtype.kind != "f":
@@ -90,6 +91,30 @@ def corpus_nll(model: Llama, corpus: Corpus, max_tokens: int) -> np.ndarray:
             nll = batch.to(model.lm_head.weight.device).nll(model).cpu()
             nats[batch.prior[batch.loss_mask].numpy()] = nll[batch.loss_mask].numpy()  # prior: its place in the corpus
     return nats
+
+
+def check(cfg, folder: Path, llama: LlamaConfig, tokenizer: Tokenizer) -> None:
+    """Refuse, before the data are read, what would only fail later."""
+    if cfg.context > llama.max_position_embeddings:
+        room = f"{llama.max_position_embeddings} positions (max_position_embeddings)"
+        raise ValueError(f"--context {cfg.context}: {cfg.model} has {room}")
+    if cfg.template == "llama3":
+        require_trained_headers(folder, tokenizer)
+    if cfg.grouper == "rho1":
+        check_reference(cfg.reference, cfg.model, tokenizer, cfg.context)
+    if cfg.grouper == "llmlingua2":
+        need_transformers()
+        resolve(cfg.llmlingua_model)
+
+
+def how_to_reference(argv: list[str]) -> str:
+    """What to run for Rho-1, given the flags of a run without a reference: first its reference φ, then θ."""
+    run = shlex.join(["train.py", *(flag for flag in argv if flag != "--dry-run")])
+    return (
+        "--grouper rho1 needs --reference, a model trained on data of the same domain. Train one, then the run itself:\n"
+        f"  python {run} --grouper none --objective cross_entropy --out runs/reference\n"
+        f"  python {run} --reference runs/reference/model"
+    )
 
 
 def check_reference(reference: str, model: str, tokenizer: Tokenizer, context: int) -> None:

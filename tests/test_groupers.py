@@ -1,21 +1,20 @@
-"""groupers.py: scores a human can check, one threshold rule, and labels that stay with their tokens."""
+"""groupers.py: scores a human can check, one threshold rule, and groups that stay with their tokens."""
 
+import gzip
 import math
 import random as python_random
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from stories260k import SHARED
-from tiny import tiny_folder
+from tiny import VOCAB, tiny_folder
 
-import cache
 import groupers
-from data import END, PROMPT, RESPONSE, TEMPLATE, Corpus, Tokenizer, load_corpus, micro_batches
-from groupers import important
-from model import LlamaConfig
+from data import END, PROMPT, RESPONSE, TEMPLATE, Corpus, load_corpus, micro_batches
+from groupers import cut, important, labeller
+from published.tokenizer import Tokenizer
+from support.scores import cheap
 
 LIMA = SHARED / "data" / "lima" / "train.jsonl.gz"
 
@@ -24,12 +23,18 @@ def corpus_of(*samples):
     """Samples of (ids, kinds) end to end."""
     ids, kinds = zip(*samples)
     starts = np.cumsum([0, *map(len, ids)])
-    return Corpus(np.concatenate(ids).astype(np.int32), np.concatenate(kinds).astype(np.uint8), starts, "plain")
+    return Corpus(np.concatenate(ids).astype(np.int32), np.concatenate(kinds).astype(np.uint8), starts)
 
 
 def sentence(*ids):
     """A BOS, one prompt token of its own, the response, an end token."""
     return [100, 50, *ids, 101], [TEMPLATE, PROMPT] + [RESPONSE] * len(ids) + [END]
+
+
+def groups(grouper, corpus, *etas, seed=0) -> np.ndarray:
+    """The group of every token of a corpus, (tokens,) int."""
+    mask, doc_ids = torch.from_numpy(corpus.loss_mask), torch.from_numpy(corpus.doc_ids)
+    return cut(torch.from_numpy(cheap(grouper, corpus, seed)), mask, doc_ids, etas).numpy()
 
 
 def plain_loop(scores, loss_mask, doc_ids, eta):
@@ -61,7 +66,8 @@ def test_important_follows_the_threshold_rule(seed):
 @pytest.mark.fast
 @pytest.mark.parametrize(
     "n, eta, count",
-    [(10, 0.9, 1), (10, 0.75, 3), (10, 0.7, 3), (5, 0.9, 1), (15, 0.9, 2), (1, 0.9, 1), (20, 0.85, 3), (4, 1.0, 1), (4, 0.0, 4)],
+    [(10, 0.9, 1), (10, 0.75, 3), (10, 0.7, 3), (5, 0.9, 1), (15, 0.9, 2), (1, 0.9, 1), (20, 0.85, 3)]
+    + [(4, 1.0, 1), (4, 0.0, 4)],
 )
 def test_eta_is_a_percentile_rounded_half_up_and_never_empties_a_sample(n, eta, count):
     got = important(torch.arange(float(n)), torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.int64), eta)
@@ -69,11 +75,10 @@ def test_eta_is_a_percentile_rounded_half_up_and_never_empties_a_sample(n, eta, 
 
 
 @pytest.mark.fast
-def test_equal_scores_share_a_group_and_what_cannot_be_judged_is_never_important():
-    everywhere, one = torch.ones(5, dtype=torch.bool), torch.zeros(5, dtype=torch.int64)
-    assert important(torch.tensor([3.0, 1, 3, 3, 0]), everywhere, one, 0.9).tolist() == [True, False, True, True, False]
-    inf = -torch.inf
-    assert important(torch.tensor([inf, inf, inf, 1, inf]), everywhere, one, 0.5).tolist() == [False, False, False, True, False]
+def test_equal_scores_share_a_group_and_what_is_not_judged_is_never_important():
+    everywhere, one, inf = torch.ones(5, dtype=torch.bool), torch.zeros(5, dtype=torch.int64), -torch.inf
+    assert important(torch.tensor([3.0, 1, 3, 3, 0]), everywhere, one, 0.9).int().tolist() == [1, 0, 1, 1, 0]
+    assert important(torch.tensor([inf, inf, inf, 1, inf]), everywhere, one, 0.5).int().tolist() == [0, 0, 0, 1, 0]
     assert not important(torch.full((5,), inf), everywhere, one, 0.5).any()
 
 
@@ -94,19 +99,19 @@ def test_tfidf_of_three_sentences_worked_by_hand():
     corpus = corpus_of(sentence(1, 2), sentence(1, 2, 2), sentence(1, 3, 3))
     rare, some, common = math.log(4 / 2) + 1, math.log(4 / 3) + 1, math.log(4 / 4) + 1
     inf = -math.inf
-    by_hand = (
-        [inf, common, common, some, inf] + [inf, common, common, 2 * some, 2 * some, inf] + [inf, common, common, 2 * rare, 2 * rare, inf]
-    )
+    by_hand = [inf, common, common, some, inf]
+    by_hand += [inf, common, common, 2 * some, 2 * some, inf]
+    by_hand += [inf, common, common, 2 * rare, 2 * rare, inf]
     np.testing.assert_allclose(groupers.tfidf(corpus), by_hand)
-    verdict = groupers.label_corpus("tfidf", corpus, 0.75, seed=0)
-    assert verdict.tolist() == [s == best for s, best in zip(by_hand, 5 * [some] + 6 * [2 * some] + 6 * [2 * rare])]
+    best = 5 * [some] + 6 * [2 * some] + 6 * [2 * rare]
+    assert groups("tfidf", corpus, 0.75).tolist() == [score == top for score, top in zip(by_hand, best)]
 
 
 @pytest.mark.fast
 def test_tfidf_counts_the_prompt_but_labels_only_what_is_trained_on():
     corpus = corpus_of(([100, 7, 7, 7, 7, 101], [TEMPLATE, PROMPT, PROMPT, PROMPT, RESPONSE, END]), sentence(8))
     assert groupers.tfidf(corpus)[4] == pytest.approx(4 * (math.log(3 / 2) + 1))
-    assert groupers.label_corpus("tfidf", corpus, 0.9, 0).tolist() == [False] * 4 + [True, False] + [False, False, True, False]
+    assert groups("tfidf", corpus, 0.9).tolist() == [0, 0, 0, 0, 1, 0] + [0, 0, 1, 0]
 
 
 @pytest.mark.fast
@@ -116,28 +121,56 @@ def test_frequency_calls_the_rarer_token_more_important():
 
 
 @pytest.mark.fast
-def test_random_depends_on_its_seed_alone_and_leaves_global_generators_alone():
+def test_random_depends_on_its_seed_alone():
     corpus = corpus_of(sentence(*range(1, 40)), sentence(*range(1, 40)))
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), python_random.getstate()
-    a, b, c = (groupers.label_corpus("random", corpus, 0.7, seed) for seed in (0, 0, 1))
+    a, b, c = (groups("random", corpus, 0.7, seed=seed) for seed in (0, 0, 1))
     assert (a == b).all() and (a != c).any()
     assert a.sum() == 2 * 12, "30 % of 39 words and an end token, rounded, in each sample"
-    assert (
-        torch.equal(before[0], torch.get_rng_state())
-        and (before[1] == np.random.get_state()[1]).all()
-        and before[2] == python_random.getstate()
-    )
+
+
+@pytest.mark.fast
+def test_no_grouper_reads_or_moves_a_global_random_state():
+    corpus = corpus_of(sentence(1, 2, 3), sentence(1, 4, 4))
+
+    def states():
+        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), python_random.getstate()
+
+    before = states()
+    for name in groupers.ONCE:
+        groups(name, corpus, 0.5)
+    assert states() == before
+
+
+@pytest.mark.fast
+def test_every_grouper_that_scores_once_can_label():
+    corpus = corpus_of(sentence(1, 2, 3), sentence(1, 4, 4))
+    for name in groupers.ONCE:
+        scores = groupers.ONCE[name](corpus, 0)
+        assert scores.dtype == np.float32 and scores.shape == corpus.ids.shape
+        assert np.isneginf(scores[~groupers.judgeable(corpus)]).all()
+        assert groups(name, corpus, 0.5).any() == (name != "none")
+    assert {*groupers.NAMES} == {*groupers.ONCE, "llmlingua2", *groupers.IN_STEP}
+
+
+# In a step: labels from a batch.
+
+
+@pytest.mark.fast
+def test_a_score_made_once_travels_with_its_token_and_the_losses_change_nothing():
+    corpus = corpus_of(sentence(1, 2, 3), sentence(4, 5, 6))
+    scores = np.arange(len(corpus.ids), dtype=np.float32)
+    (batch,) = micro_batches(corpus, scores, np.arange(2), 64)
+    assert batch.prior.tolist() == [1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
+    for nll in (torch.rand(10), torch.full((10,), torch.nan)):
+        assert labeller("tfidf", (0.5,))(nll, batch).tolist() == [0, 0, 0, 1, 1] * 2
 
 
 @pytest.mark.fast
 def test_the_loss_grouper_labels_the_highest_losses_of_each_sample():
     corpus = corpus_of(sentence(1, 2, 3), sentence(4, 5, 6))
-    (batch,) = micro_batches(corpus, groupers.label_corpus("loss", corpus, 0.7, 0), np.arange(2), 64)
-    assert not batch.known.any(), "nothing is labelled before the losses are known"
+    (batch,) = micro_batches(corpus, cheap("loss", corpus, 0), np.arange(2), 64)
     nll = torch.tensor([9.0, 0.1, 0.2, 0.3, 0.0, 9.0, 5.0, 4.0, 6.0, 1.0])  # prompt, 3 words, end; twice
-    verdict = groupers.labeller("loss", 0.7)(nll, batch)
-    assert verdict.tolist() == [False, False, False, True, False] + [False, False, False, True, False]
-    assert groupers.labeller("tfidf", 0.7)(nll, batch) is batch.known
+    assert labeller("loss", (0.7,))(nll, batch).tolist() == [0, 0, 0, 1, 0] * 2
 
 
 @pytest.mark.fast
@@ -145,64 +178,35 @@ def test_rho1_labels_the_highest_excess_over_the_reference():
     corpus = corpus_of(sentence(1, 2, 3), sentence(4, 5, 6))
     reference = np.array([0, 0, 4.0, 1.0, 2.0, 0.5] * 2, np.float32)  # of each token itself: BOS, prompt, 3 words, end
     (batch,) = micro_batches(corpus, reference, np.arange(2), 64)
-    assert batch.known.tolist() == [0, 4, 1, 2, 0.5] * 2, "the reference's loss travels with the token it is of"
+    assert batch.prior.tolist() == [0, 4, 1, 2, 0.5] * 2, "the reference's loss travels with the token it is of"
     nll = torch.tensor([9.0, 4.1, 1.3, 2.2, 0.5, 9.0, 3.0, 1.0, 2.0, 0.6])  # excess 0.1 0.3 0.2 0.0, then -1 0 0 0.1
-    verdict = groupers.labeller("rho1", 0.7)(nll, batch)
-    assert verdict.tolist() == [False, False, True, False, False] + [False, False, False, False, True]
-    level = groupers.labeller("rho1", 0.7)(batch.known.clone(), batch)
-    assert torch.equal(level, batch.loss_mask), "a model that is its own reference: no excess, one group"
+    assert labeller("rho1", (0.7,))(nll, batch).tolist() == [0, 0, 1, 0, 0] + [0, 0, 0, 0, 1]
+    level = labeller("rho1", (0.7,))(batch.prior.clone(), batch)
+    assert torch.equal(level.bool(), batch.loss_mask), "a model that is its own reference: no excess, one group"
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("grouper", ["tfidf", "frequency"])
-def test_scores_are_kept_under_the_corpus_and_the_grouper_and_never_eta(tmp_path, monkeypatch, grouper):
-    calls, corpus = [], corpus_of(sentence(1, 2, 3), sentence(1, 4, 4))
-    score = getattr(groupers, grouper)
-    monkeypatch.setattr(groupers, grouper, lambda corpus: calls.append(corpus) or score(corpus))
-    for eta in (0.3, 0.5, 0.9):
-        for seed in range(5):
-            got = groupers.label_corpus(grouper, corpus, eta, seed, cache=tmp_path)
-            assert (got == groupers.label_corpus(grouper, corpus, eta)).all()
-    assert len(calls) == 1 + 15, "once, and each time without a cache"
-    groupers.score_corpus(grouper, corpus_of(sentence(1, 2, 3), sentence(1, 4, 5)), cache=tmp_path)
-    groupers.score_corpus("frequency" if grouper == "tfidf" else "tfidf", corpus, cache=tmp_path)
-    assert len(calls) == 1 + 15 + 1 and len(list(tmp_path.iterdir())) == 3
-    monkeypatch.setattr(groupers, "source", lambda *modules: "the same file, edited")
-    groupers.score_corpus(grouper, corpus, cache=tmp_path)
-    assert len(calls) == 1 + 15 + 2
+@pytest.mark.parametrize("grouper", ["tfidf", "loss", "rho1"])
+@pytest.mark.parametrize("etas", [(0.5, 0.9), (0.9, 0.5)])
+def test_two_etas_make_three_groups(grouper, etas):
+    corpus = corpus_of(
+        sentence(*range(1, 10)), sentence(*range(11, 20))
+    )  # with the end token ten supervised tokens each
+    prior = np.zeros(len(corpus.ids), np.float32)
+    prior[corpus.kind == RESPONSE] = np.tile(np.arange(9), 2)
+    (batch,) = micro_batches(corpus, prior, np.arange(2), 64)
+    nll = batch.prior.clone() * (2 if grouper == "rho1" else 1)
+    by_hand = [0] + [0, 0, 0, 0, 1, 1, 1, 1, 2] + [0]  # the top 10 % are 2, the rest of the top half 1
+    assert labeller(grouper, etas)(nll, batch).tolist() == by_hand * 2
 
 
 @pytest.mark.fast
-def test_two_runs_that_score_at_once_do_no_harm(tmp_path, monkeypatch):
-    corpus = corpus_of(sentence(1, 2, 3), sentence(1, 4, 4))
-    expected, together = groupers.tfidf(corpus), threading.Barrier(4)
-    write = cache.write_safetensors
-    monkeypatch.setattr(cache, "write_safetensors", lambda *given: (write(*given), together.wait(30)))  # all write, then all rename
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: groupers.score_corpus("tfidf", corpus, cache=tmp_path), range(4)))
-    assert all((scores == expected).all() for scores in found)
-    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
-    monkeypatch.setattr(groupers, "tfidf", None)  # no longer needed
-    assert (groupers.score_corpus("tfidf", corpus, cache=tmp_path) == expected).all()
+def test_of_several_etas_what_is_not_judged_or_not_trained_on_is_in_group_0():
+    scores, mask = torch.tensor([-torch.inf, 1.0, 2.0, 3.0, 4.0, 9.0]), torch.tensor([True] * 5 + [False])
+    assert cut(scores, mask, torch.zeros(6, dtype=torch.int64), (0.0, 0.5, 0.9)).tolist() == [0, 1, 2, 2, 3, 0]
 
 
-@pytest.mark.fast
-@pytest.mark.parametrize("grouper", ["tfidf", "frequency"])
-def test_no_grouper_touches_a_global_random_state(grouper):
-    corpus = corpus_of(sentence(1, 2, 3), sentence(1, 4, 4))
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), python_random.getstate()
-    groupers.label_corpus(grouper, corpus, 0.5)
-    assert torch.equal(before[0], torch.get_rng_state()) and python_random.getstate() == before[2]
-    assert (np.random.get_state()[1] == before[1]).all()
-
-
-@pytest.mark.fast
-def test_every_named_grouper_can_label():
-    corpus = corpus_of(sentence(1, 2, 3), sentence(1, 4, 4))
-    for name in set(groupers.GROUPERS) - {"llmlingua2"}:  # which has test_llmlingua2.py
-        verdict = groupers.label_corpus(name, corpus, 0.5, 0)
-        assert verdict.dtype == bool and verdict.shape == corpus.ids.shape
-        assert verdict.any() == (name in ("random", "frequency", "tfidf"))
+# On real data.
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +214,9 @@ def lima(tmp_path_factory):
     if not LIMA.is_file():
         pytest.skip(f"{LIMA} is absent; set SFTGO_SHARED to the folder that has data/lima")
     folder = tiny_folder(tmp_path_factory.mktemp("model"))
-    return load_corpus(LIMA, Tokenizer(folder, LlamaConfig.from_folder(folder).vocab_size), "plain", 4096)
+    rows = gzip.decompress(LIMA.read_bytes()).splitlines(keepends=True)[:300]
+    (folder / "rows.jsonl").write_bytes(b"".join(rows))
+    return load_corpus(folder / "rows.jsonl", Tokenizer(folder, VOCAB), "plain", 4096)
 
 
 def test_tfidf_ranks_equal_scikit_learns_on_lima(lima):
@@ -231,7 +237,6 @@ def test_tfidf_ranks_equal_scikit_learns_on_lima(lima):
 def test_on_lima_the_important_share_is_somewhat_above_one_minus_eta(lima):
     mask = lima.loss_mask
     for eta in (0.5, 0.9):
-        share = groupers.label_corpus("tfidf", lima, eta, 0)[mask].mean()
+        share = groups("tfidf", lima, eta)[mask].mean()
         assert 1 - eta - 0.01 < share < 1 - eta + 0.2
-    random = groupers.label_corpus("random", lima, 0.9, 0)[mask].mean()
-    assert abs(random - 0.1) < 0.003
+    assert abs(groups("random", lima, 0.9)[mask].mean() - 0.1) < 0.003

@@ -1,4 +1,4 @@
-"""LLMLingua-2 in groupers.py: the package's own words and probabilities, and characters that find their way to the right token."""
+"""support/llmlingua2.py: the package's own words and probabilities, and characters that find the right token."""
 
 import importlib.util
 import json
@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 import torch
 from classifiers import MBERT, XLMR, classifier_folder
-from tiny import TEXTS, tiny_folder
+from tiny import TEXTS, VOCAB, tiny_folder
 
-import groupers
 import train
-from data import RESPONSE, Tokenizer, load_corpus
-from groupers import Classifier, llmlingua2, span_means
-from model import LlamaConfig
+from data import RESPONSE, load_corpus
+from groupers import cut
+from published.tokenizer import Tokenizer
+from support.llmlingua2 import Classifier, keep_scores, span_means
+from support.ranks import Ranks
+from support.scores import by_model
 
-pytestmark = pytest.mark.fast
-WORDS = "rain river carry little salt down sea morning old fisherman walked along shore where small crabs hiding under stones"
+WORDS = "rain river carry little salt down sea morning old fisherman walked along shore where small crabs hiding under"
+WORDS += " stones"
 
 
 def prose(words: int, seed: int, stops: bool = True) -> str:
@@ -53,17 +55,23 @@ def package_words(folder, texts: list[str]) -> list[tuple[str, float]]:
     """(word, probability) as `llmlingua` itself computes them while it compresses."""
     compressor_module = pytest.importorskip("llmlingua.prompt_compressor", reason='needs pip install -e ".[peers]"')
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    original = compressor_module.tiktoken.encoding_for_model
-    compressor_module.tiktoken.encoding_for_model = lambda name: types.SimpleNamespace(encode=lambda word: [0])  # a download otherwise
+    original, free = compressor_module.tiktoken.encoding_for_model, types.SimpleNamespace(encode=lambda word: [0])
+    compressor_module.tiktoken.encoding_for_model = lambda name: free  # a download otherwise
     try:
         compressor = compressor_module.PromptCompressor(str(folder), device_map="cpu", use_llmlingua2=True)
     finally:
         compressor_module.tiktoken.encoding_for_model = original
-        torch.set_rng_state(states[0]), np.random.set_state(states[1]), random.setstate(states[2])  # which it seeds anew
+        (
+            torch.set_rng_state(states[0]),
+            np.random.set_state(states[1]),
+            random.setstate(states[2]),
+        )  # which it seeds anew
     probabilities, name = [], "_PromptCompressor__token_prob_to_word_prob"
     means = getattr(compressor, name)
     setattr(compressor, name, lambda *a, **k: probabilities.append(means(*a, **k)) or probabilities[-1])
-    labelled = compressor.compress_prompt_llmlingua2(texts, rate=0.5, return_word_label=True, word_sep="\n", label_sep="\t")
+    labelled = compressor.compress_prompt_llmlingua2(
+        texts, rate=0.5, return_word_label=True, word_sep="\n", label_sep="\t"
+    )
     words = [line.rsplit("\t", 1)[0] for line in labelled["fn_labeled_original_prompt"].split("\n")]
     return list(zip(words, sum(probabilities, []), strict=True))
 
@@ -108,7 +116,7 @@ def test_words_and_probabilities_are_the_packages(folders, kind):
 
 
 def test_the_package_overfills_a_window_that_a_full_stop_would_end_one_piece_late(folders):
-    """Its windows may reach 511 pieces; it then cuts off its own closing token, and the whole window reads otherwise."""
+    """Its windows may reach 511 pieces; it then cuts off its own closing token, and all probabilities differ."""
     classifier = Classifier(folders[MBERT])
     found = ((text, *classifier.pieces([text])) for text in (prose(1500, seed) for seed in range(100)))
     text, ids, _, starts = next(of_seed for of_seed in found if classifier.ends_sentence[of_seed[1][510]])
@@ -118,6 +126,7 @@ def test_the_package_overfills_a_window_that_a_full_stop_would_end_one_piece_lat
     assert max(abs(ours - its) for (_, ours), (_, its) in zip(own[:400], theirs)) > 1e-2
 
 
+@pytest.mark.fast
 def test_pieces_are_scored_as_transformers_own_encoding_scores_them(classifier):
     """The special tokens are the model's own, whatever stands beside a text in its batch."""
     texts = [*TEXTS, "Yes.", prose(60, seed=2)]
@@ -134,6 +143,7 @@ def test_pieces_are_scored_as_transformers_own_encoding_scores_them(classifier):
 # Windows.
 
 
+@pytest.mark.fast
 def test_windows_end_at_a_full_stop_else_before_a_word_and_hold_every_piece_once(classifier):
     texts = [prose(2000, seed=3), prose(1400, seed=4, stops=False), "x" * 1, "Short.", "", "a" * 3000 + " end."]
     ids, spans, starts = classifier.pieces(texts)
@@ -149,9 +159,11 @@ def test_windows_end_at_a_full_stop_else_before_a_word_and_hold_every_piece_once
         room = range(a + 1, min(a + 510, text_end) + 1)  # where it may end
         after_stop = [i for i in room if text[spans[i - 1, 0] : spans[i - 1, 1]].strip() == "."]
         before_word = [i for i in room if i < text_end and begins[i]]
-        kind, expected = ("stop", after_stop[-1:]) if after_stop else ("word", before_word[-1:]) if before_word else ("anywhere", [a + 510])
+        kind, expected = "anywhere", [a + 510]
         if text_end - a <= 510:
             kind, expected = "end", [text_end]
+        elif after_stop or before_word:
+            kind, expected = ("stop", after_stop[-1:]) if after_stop else ("word", before_word[-1:])
         assert [b] == expected
         kinds.add(kind)
     assert len(windows) > 10 and kinds >= {"stop", "word", "end"}
@@ -159,6 +171,7 @@ def test_windows_end_at_a_full_stop_else_before_a_word_and_hold_every_piece_once
         assert "anywhere" in kinds
 
 
+@pytest.mark.fast
 def test_a_window_may_be_full(folders):
     classifier = Classifier(folders[MBERT])
     ids, _, starts = classifier.pieces(["a " * 509 + ". b c", "a " * 515])
@@ -166,6 +179,7 @@ def test_a_window_may_be_full(folders):
     assert classifier.windows(ids, starts) == [(0, 510), (510, 512), (512, 1022), (1022, 1027)]
 
 
+@pytest.mark.fast
 def test_a_long_answer_is_scored_window_by_window(classifier):
     text = prose(2000, seed=5)
     ids, _, starts = classifier.pieces([text])
@@ -192,6 +206,7 @@ ODD = {
 }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ODD)
 def test_every_character_but_white_space_is_judged(classifier, name):
     text = ODD[name]
@@ -206,17 +221,20 @@ def test_every_character_but_white_space_is_judged(classifier, name):
     assert (keep[judged] == keep[judged].astype(np.float32)).all(), "so that a mean over equal ones is exactly that"
 
 
+@pytest.mark.fast
 def test_what_the_classifiers_normalizer_deletes_is_not_judged(folders):
     assert np.isnan(Classifier(folders[MBERT]).keep(["a \x01 b"])).tolist() == [False, True, True, True, False]
 
 
+@pytest.mark.fast
 def test_an_answer_that_spells_a_special_token_is_text(folders):
-    classifier, text = Classifier(folders[MBERT]), "Use [SEP] or [PAD] and [UNK]."  # XLM-R's vocabulary has "</s>" as a piece of text too
+    classifier, text = Classifier(folders[MBERT]), "Use [SEP] or [PAD] and [UNK]."  # XLM-R also has "</s>" as text
     classifier.tokenizer(text)  # which sets its own backend anew
     assert not {0, 1, 2, 3, 4} & set(classifier.pieces([text])[0].tolist())
     assert [word for word, _ in our_words(classifier, [text])][1:4] == ["[", "SEP", "]"]
 
 
+@pytest.mark.fast
 def test_a_word_cut_by_a_full_window_is_a_word_in_each(folders):
     classifier, text = Classifier(folders[XLMR]), "rain " + "x" * 1500
     ids, spans, starts = classifier.pieces([text])
@@ -229,6 +247,7 @@ def test_a_word_cut_by_a_full_window_is_a_word_in_each(folders):
     assert keep[spans[b - 1, 0]] == pytest.approx(own[a:b].mean(), abs=1e-6)
 
 
+@pytest.mark.fast
 def test_empty_and_blank_texts_disturb_nobody(classifier):
     alone = classifier.keep(["Rain and rivers."])
     among = classifier.keep(["", "Rain and rivers.", "", "  \n ", ""])
@@ -237,6 +256,7 @@ def test_empty_and_blank_texts_disturb_nobody(classifier):
     assert classifier.keep([]).shape == classifier.keep([""]).shape == (0,)
 
 
+@pytest.mark.fast
 def test_a_piece_out_of_vocabulary_keeps_its_own_probability_and_stays_out_of_its_words_mean(classifier):
     text = "water一ing water"  # the character is in neither vocabulary
     ids, spans, starts = classifier.pieces([text])
@@ -258,7 +278,7 @@ class Alphabet:
 
 
 def tokens_characters(corpus, tokenizer, sample: int) -> list[set[int]]:
-    """For each response token of a sample, the characters of its answer that it holds a byte of; from the vocabulary, not from offsets."""
+    """For each response token of a sample, the characters of its answer that it holds a byte of; without offsets."""
     unicode_of_byte = {}  # byte-level BPE writes bytes as printable characters
     spare = 256
     for byte in range(256):
@@ -276,23 +296,23 @@ def tokens_characters(corpus, tokenizer, sample: int) -> list[set[int]]:
     return out
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("trim", [False, True], ids=["", "offsets without spaces, as Llama 3's"])
 def test_a_token_scores_the_mean_of_its_characters(tmp_path, trim):
     folder = tiny_folder(tmp_path / "model")
     raw = json.loads((folder / "tokenizer.json").read_text())
     raw["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": trim, "use_regex": False}
     (folder / "tokenizer.json").write_text(json.dumps(raw))
-    tokenizer = Tokenizer(folder, LlamaConfig.from_folder(folder).vocab_size)
+    tokenizer = Tokenizer(folder, VOCAB)
     rows = [{"prompt": "Käse 🧀?", "completion": text} for text in ODD.values()]
     rows.append({"conversations": ["Hi 你好", "Yes 👍.", "And?", "  No, no.\n"]})
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     corpus = load_corpus(tmp_path / "rows.jsonl", tokenizer, "plain", 4096)
-    scores = llmlingua2(corpus, Alphabet())
+    scores = keep_scores(corpus, Alphabet())
     assert len(corpus) == len(rows) and np.isneginf(scores[corpus.kind != RESPONSE]).all()
     split = blank = 0
     for sample, row in enumerate(rows):
-        answers = [" " + row["completion"]] if "completion" in row else [" " + text for text in row["conversations"][1::2]]
-        text = "".join(answers)
+        text = "".join(f" {text}" for text in row.get("conversations", ["", row.get("completion")])[1::2])
         a, b = corpus.starts[sample], corpus.starts[sample + 1]
         mine = scores[a:b][corpus.kind[a:b] == RESPONSE]
         holders = tokens_characters(corpus, tokenizer, sample)
@@ -305,26 +325,31 @@ def test_a_token_scores_the_mean_of_its_characters(tmp_path, trim):
     assert split > 10 and blank > 3, "characters split over tokens, and tokens of white space alone, did occur"
 
 
+@pytest.mark.fast
 def test_a_cut_answer_is_read_as_far_as_the_context_leaves_it(tmp_path):
     folder = tiny_folder(tmp_path / "model")
-    tokenizer = Tokenizer(folder, LlamaConfig.from_folder(folder).vocab_size)
+    tokenizer = Tokenizer(folder, VOCAB)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Hi", "completion": ODD["emoji"] * 9}))
     corpus, read = load_corpus(tmp_path / "rows.jsonl", tokenizer, "plain", 60), []
     classifier = types.SimpleNamespace(keep=lambda texts: read.extend(texts) or Alphabet().keep(texts))
-    scores = llmlingua2(corpus, classifier)
+    scores = keep_scores(corpus, classifier)
     assert len(read) == 1 and (" " + ODD["emoji"] * 9).startswith(read[0]) and len(read[0]) > 5
     assert np.isfinite(scores[-1]) or tokenizer.decode([int(corpus.ids[-1])]).isspace()
 
 
+@pytest.mark.fast
 def test_span_means_leave_out_what_is_not_judged():
     values = np.array([1.0, np.nan, 3.0, 5.0])
-    np.testing.assert_array_equal(span_means(values, np.array([[0, 2], [1, 2], [0, 4], [2, 2]])), [1, -np.inf, 3, -np.inf])
+    np.testing.assert_array_equal(
+        span_means(values, np.array([[0, 2], [1, 2], [0, 4], [2, 2]])), [1, -np.inf, 3, -np.inf]
+    )
     third = np.float32(0.1)
     one_word = np.full(7, third, np.float64)
-    assert len(set(span_means(one_word, np.array([[0, 1], [1, 4], [4, 7]])).tolist())) == 1, "tokens of one word score the same, to the bit"
+    means = span_means(one_word, np.array([[0, 1], [1, 4], [4, 7]]))
+    assert len(set(means.tolist())) == 1, "tokens of one word score the same, to the bit"
 
 
-# Through the door that train.py uses.
+# As train.py asks for it.
 
 
 @pytest.fixture
@@ -332,62 +357,73 @@ def corpus_and_folder(tmp_path):
     folder = tiny_folder(tmp_path / "model")
     rows = [{"prompt": "Why?", "completion": text} for text in TEXTS] + [{"conversations": ["a", "b c.", "d", "e f."]}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    tokenizer = Tokenizer(folder, LlamaConfig.from_folder(folder).vocab_size)
-    return load_corpus(tmp_path / "rows.jsonl", tokenizer, "plain", 512), folder
+    return load_corpus(tmp_path / "rows.jsonl", Tokenizer(folder, VOCAB), "plain", 512), folder
 
 
+def important_tokens(scores, corpus, eta) -> torch.Tensor:
+    mask, doc_ids = torch.from_numpy(corpus.loss_mask), torch.from_numpy(corpus.doc_ids)
+    return cut(torch.from_numpy(scores), mask, doc_ids, (eta,))
+
+
+@pytest.mark.fast
 def test_the_global_random_state_is_as_before(folders, corpus_and_folder):
     corpus, _ = corpus_and_folder
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     for kind in folders:
-        assert groupers.label(llmlingua2(corpus, Classifier(folders[kind])), corpus, 0.7).any()
+        assert important_tokens(keep_scores(corpus, Classifier(folders[kind])), corpus, 0.7).any()
     assert torch.equal(before[0], torch.get_rng_state()) and random.getstate() == before[2]
     assert (np.random.get_state()[1] == before[1]).all()
 
 
-def test_scores_are_reused_for_another_eta_and_made_again_for_another_model(folders, corpus_and_folder, tmp_path, monkeypatch):
-    corpus, folder = corpus_and_folder
-    tokenizer, calls, keep = Tokenizer(folder, LlamaConfig.from_folder(folder).vocab_size), [], Classifier.keep
-    monkeypatch.setattr(Classifier, "keep", lambda self, texts: calls.append(self) or keep(self, texts))
+@pytest.fixture
+def scored(folders, corpus_and_folder, tmp_path, monkeypatch):
+    """scored(classifier, *flags): the scores that a run with these flags begins with, and whether it made them."""
+    (corpus, folder), calls, keep = corpus_and_folder, [], Classifier.keep
+    monkeypatch.setattr(Classifier, "keep", lambda self, texts: calls.append(texts) or keep(self, texts))
 
-    def verdicts(classifier, eta, seed):
-        flags = f"--model {folder} --data {tmp_path / 'rows.jsonl'} --context 512 --grouper llmlingua2 --eta {eta} --seed {seed}"
-        cfg = train.parse_args([*flags.split(), "--llmlingua-model", str(classifier)])
-        return train.prepare(cfg, tokenizer, tmp_path / "cache", train.World())[1]
+    def score(classifier, *flags):
+        calls.clear()
+        base = f"--model {folder} --data {tmp_path / 'rows.jsonl'} --context 512 --grouper llmlingua2"
+        cfg = train.parse_args([*base.split(), "--llmlingua-model", str(classifier), *map(str, flags)])
+        return by_model(cfg, corpus, tmp_path / "cache", Ranks()), bool(calls)
 
-    labels = [verdicts(folders[MBERT], eta, seed) for eta in (0.3, 0.9) for seed in (0, 1)]
-    loaded = len(set(calls))
-    assert loaded == 1 and labels[0].sum() > labels[2].sum() and (labels[0] == labels[1]).all()
-    scores = llmlingua2(corpus, Classifier(folders[MBERT]))  # all samples at once
-    assert (groupers.label(scores, corpus, 0.3) == labels[0]).all()
-    calls.clear()
-    verdicts(folders[XLMR], 0.9, 0)
-    assert len(set(calls)) == 1
-    config = (folders[XLMR] / "config.json").read_text()
-    for name, text in (
-        ("config.json", json.dumps(json.loads(config) | {"layer_norm_eps": 1e-6})),
-        ("vocab.txt", "a tokenizer may read it"),
-    ):
-        (folders[XLMR] / name).write_text(text)
-        calls.clear()
-        verdicts(folders[XLMR], 0.9, 0)
-        assert len(set(calls)) == 1
-        calls.clear()
-        verdicts(folders[XLMR], 0.9, 0)
-        assert not calls
-    (folders[XLMR] / "config.json").write_text(config)
-    (folders[XLMR] / "vocab.txt").unlink()
+    return score
+
+
+@pytest.mark.fast
+def test_scores_are_reused_for_another_eta_or_seed(folders, corpus_and_folder, scored):
+    corpus, _ = corpus_and_folder
+    first, read = scored(folders[MBERT], "--eta", 0.3)
+    assert read and np.array_equal(first, keep_scores(corpus, Classifier(folders[MBERT])))
+    for flags in (("--eta", 0.9), ("--eta", 0.3, 0.9), ("--seed", 1)):
+        again, read = scored(folders[MBERT], *flags)
+        assert not read and np.array_equal(again, first)
+    assert important_tokens(first, corpus, 0.3).sum() > important_tokens(first, corpus, 0.9).sum()
+
+
+@pytest.mark.fast
+def test_scores_are_made_again_for_another_model_or_another_file_in_its_folder(folders, scored, tmp_path):
+    folder = shutil.copytree(folders[XLMR], tmp_path / "xlmr")
+    scored(folders[MBERT])
+    assert scored(folder)[1] and not scored(folder)[1]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-6}))
+    assert scored(folder)[1] and not scored(folder)[1]
+    (folder / "vocab.txt").write_text("a tokenizer may read it")
+    assert scored(folder)[1] and not scored(folder)[1]
 
 
 # Mistakes.
 
 
+@pytest.mark.fast
 def test_without_transformers_the_message_names_the_install_command(monkeypatch, folders):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=re.escape('install it with: pip install -e ".[llmlingua]"')):
         Classifier(folders[MBERT])
 
 
+@pytest.mark.fast
 def test_nothing_in_a_classifiers_folder_is_executed(tmp_path, folders, monkeypatch):
     shutil.copytree(folders[MBERT], tmp_path / "evil")
     config = json.loads((folders[MBERT] / "config.json").read_text())
@@ -400,13 +436,15 @@ def test_nothing_in_a_classifiers_folder_is_executed(tmp_path, folders, monkeypa
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.fast
 def test_a_folder_that_is_no_such_classifier_is_refused(tmp_path, folders, corpus_and_folder):
     transformers = pytest.importorskip("transformers")
     shape = dict(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders[MBERT])
+    three = transformers.BertForTokenClassification(transformers.BertConfig(num_labels=3, **shape))
     bad = {
         "headless": (transformers.BertModel(transformers.BertConfig(**shape)), "no trained classifier"),
-        "three labels": (transformers.BertForTokenClassification(transformers.BertConfig(num_labels=3, **shape)), "bert with 3 labels"),
+        "three labels": (three, "bert with 3 labels"),
     }
     for name, (model, message) in bad.items():
         model.save_pretrained(tmp_path / name)

@@ -1,4 +1,4 @@
-"""look.py: what is marked is what is important, numbers that a hand can check, and data that stay text."""
+"""support/look.py: what is marked is what is important, numbers that a hand can check, and data that stay text."""
 
 import json
 import re
@@ -14,12 +14,13 @@ from classifiers import MBERT, classifier_folder
 from tiny import TEXTS, tiny_folder
 
 import groupers
-import look
-import train
-from data import Tokenizer, load_corpus
-from model import Llama, LlamaConfig
+from data import load_corpus
+from model import Llama
+from published.tokenizer import Tokenizer
+from support import look
+from support.llmlingua2 import Classifier, keep_scores
+from support.scores import corpus_nll
 
-pytestmark = pytest.mark.fast
 EVIL = '<script>alert(1)</script> <img src=x onerror="x()"> </section></html> "q" \'a\' & &amp; \x1b[2J\x9b31m 👍🏽 海'
 ROWS = [
     {"prompt": "Why?", "completion": TEXTS[0]},
@@ -33,7 +34,7 @@ ROWS = [
 def here(tmp_path):
     """A model with weights, and rows."""
     folder = tiny_folder(tmp_path / "model")
-    Llama(LlamaConfig.from_folder(folder)).init_weights(0).save_pretrained(folder)
+    Llama.from_pretrained(folder).save_pretrained(folder)
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     return tmp_path
 
@@ -48,6 +49,7 @@ def by_hand(corpus, important) -> look.View:
     return look.View("hand", important.astype(np.float32), important, np.where(important, 1.0, 0.5))
 
 
+@pytest.mark.fast
 def test_a_sample_is_shown_as_it_was_written(corpus):
     for sample, row in enumerate((ROWS[0], ROWS[1])):
         prompt, answer = look.pieces(corpus, sample)
@@ -55,20 +57,24 @@ def test_a_sample_is_shown_as_it_was_written(corpus):
         assert "".join(text for _, text in answer) == f" {row['completion']}■"
         assert [place for place, _ in answer] == np.flatnonzero(corpus.loss_mask & (corpus.doc_ids == sample)).tolist()
     prompt, answer = look.pieces(corpus, 2)
-    assert prompt == "User: a\n\nAssistant:" and "".join(text for _, text in answer) == " b b b c.■User: d\n\nAssistant: e f.■"
+    assert prompt == "User: a\n\nAssistant:"
+    assert "".join(text for _, text in answer) == " b b b c.■User: d\n\nAssistant: e f.■"
 
 
+@pytest.mark.fast
 def test_marks_are_around_the_important_tokens(corpus):
     _, answer = look.pieces(corpus, 2)
     important = np.zeros(len(corpus.ids), bool)
     length = np.cumsum([len(text) for _, text in answer])
     important[[place for (place, _), end in zip(answer, length) if end <= len(" b b")] + [answer[-1][0]]] = True
-    assert look.marked(corpus, answer, by_hand(corpus, important), colour=False) == "[ b b] b c.■User: d\n\nAssistant: e f.[■]"
+    plain = look.marked(corpus, answer, by_hand(corpus, important), colour=False)
+    assert plain == "[ b b] b c.■User: d\n\nAssistant: e f.[■]"
     coloured = look.marked(corpus, answer, by_hand(corpus, important), colour=True)
     on, off, dim = "\x1b[1;30;43m", "\x1b[0m", "\x1b[2m"
     assert coloured == f"{on} b b{off} b c.■{dim}User: d\n\nAssistant:{off} e f.{on}■{off}"
 
 
+@pytest.mark.fast
 def test_marked_white_space_is_seen_and_later_bytes_of_a_character_are_not_marked(here):
     rows = [{"prompt": "a", "completion": "b\n\n  👍 c"}]
     (here / "rows.jsonl").write_text(json.dumps(rows[0]))
@@ -82,25 +88,29 @@ def test_marked_white_space_is_seen_and_later_bytes_of_a_character_are_not_marke
     assert "⏎" in shown and "[]" not in shown and "👍 c■" in shown.replace("[", "").replace("]", "")
 
 
-def test_a_piece_of_a_long_text_shows_itself_alone(here):
+@pytest.mark.fast
+def test_a_piece_of_a_long_text_shows_itself_alone(here, said):
     words = " ".join(f"w{n}" for n in range(60))
     (here / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in (words, "short")))
     corpus = load_corpus(here / "rows.jsonl", Tokenizer(here / "model", 512), "text", 12)
     shown = ["".join(text for _, text in look.pieces(corpus, sample)[1]) for sample in range(len(corpus))]
-    assert "".join(shown) == f"{words}■short■" and len(corpus) > 10 and not any(look.pieces(corpus, i)[0] for i in range(len(corpus)))
+    assert "".join(shown) == f"{words}■short■" and len(corpus) > 10
+    assert not any(look.pieces(corpus, sample)[0] for sample in range(len(corpus)))
     assert look.name_of(corpus, 2) == "row 1, piece 3" and look.name_of(corpus, len(corpus) - 1) == "row 2"
-    done = said(here, "--template", "text", "--context", 12)
-    assert done.stdout.count("══ row 1, piece ") == 3
-    assert said(here, "--template", "text", "--context", 12, "--row", 1, 2).stdout.count("══ row ") == 4
+    assert said("--template", "text", "--context", 12).count("══ row 1, piece ") == 3
+    assert said("--template", "text", "--context", 12, "--row", 1, 2).count("══ row ") == 4
 
 
+@pytest.mark.fast
 def test_the_terminal_obeys_no_control_character_of_the_data(corpus):
     prompt, answer = look.pieces(corpus, 1)
-    shown = look.printable(prompt) + look.marked(corpus, answer, by_hand(corpus, np.zeros(len(corpus.ids), bool)), colour=False)
+    nothing = by_hand(corpus, np.zeros(len(corpus.ids), bool))
+    shown = look.printable(prompt) + look.marked(corpus, answer, nothing, colour=False)
     assert "\x1b" not in shown and "\x9b" not in shown and shown.count("�[2J�31m") == 2
     assert look.printable("a\n\tb") == "a\n\tb"
 
 
+@pytest.mark.fast
 def test_shares_and_overlaps_worked_by_hand(here, corpus):
     supervised = np.flatnonzero(corpus.loss_mask)
     a, b = (np.zeros(len(corpus.ids), bool) for _ in range(2))
@@ -138,27 +148,29 @@ class Page(HTMLParser):
             self.text.append(data)
 
 
+@pytest.mark.fast
 def test_data_stay_text_on_the_page(here, corpus):
     args = arguments(here, "--grouper", "tfidf,random")
     views = look.views(args, corpus, np.arange(3), Tokenizer(here / "model", 512))
     html = look.page(corpus, [0, 1, 2], views, Tokenizer(here / "model", 512), "<b>title</b>")
     found = Page(html)
-    ours = {"html", "meta", "title", "style", "h1", "h2", "h3", "p", "span", "b", "div", "section", "table", "caption", "tr", "th", "td"}
-    assert {tag for tag, _ in found.tags} == ours
-    assert {name for _, attributes in found.tags for name in attributes} == {
-        "lang", "charset", "name", "content", "http-equiv", "class", "style", "title",
-    }  # fmt: skip
+    tags = "html meta title style h1 h2 h3 p span b div section table caption tr th td"
+    assert {tag for tag, _ in found.tags} == {*tags.split()}
+    attributes = {name for _, attributes in found.tags for name in attributes}
+    assert attributes == {*"lang charset name content http-equiv class style title".split()}
     text = "".join(found.text)
     assert text.count(f"{EVIL}■") == 2, "once for each grouper"
     assert f"User: {EVIL}\n\nAssistant:" in text and "&lt;b&gt;title" in html
-    assert not re.search(r"(src|href)=|url\(|@import|https?:", re.sub(re.escape("src=x"), "", html)), "one file, which asks for no other"
+    asks = re.search(r"(src|href)=|url\(|@import|https?:", html.replace("src=x", ""))
+    assert not asks, "one file, which asks for no other"
 
 
+@pytest.mark.fast
 def test_every_token_of_an_answer_has_its_score_and_shade(here, corpus):
     (view,) = look.views(arguments(here), corpus, np.arange(3), Tokenizer(here / "model", 512))
-    mask = corpus.loss_mask
-    assert (view.scores == groupers.tfidf(corpus)).all()
-    assert (view.important == groupers.label_corpus("tfidf", corpus, 0.5)).all()
+    mask, scores = corpus.loss_mask, groupers.tfidf(corpus)
+    important = groupers.important(*map(torch.from_numpy, (scores, mask, corpus.doc_ids)), 0.5)
+    assert (view.scores == scores).all() and (view.important == important.numpy()).all()
     assert np.isnan(view.rank[~mask | np.isneginf(view.scores)]).all()
     for sample in range(3):
         mine = mask & (corpus.doc_ids == sample) & (view.scores > -np.inf)
@@ -167,71 +179,101 @@ def test_every_token_of_an_answer_has_its_score_and_shade(here, corpus):
     _, answer = look.pieces(corpus, 0)
     best = max((place for place, _ in answer), key=lambda place: view.scores[place])
     cell = look.token(corpus, best, "x", view)
-    assert cell == f'<b style="background:rgb(38 110 190/0.60)" title="score {view.scores[best]:.4g}, rank 100%">x</b>'
+    title = f"score {view.scores[best]:.4g}, rank 100%"
+    assert cell == f'<b style="background:rgb(38 110 190/0.60)" title="{title}">x</b>'
     assert look.token(corpus, answer[-1][0], "■", view) == '<span title="not judged">■</span>'
     assert look.token(corpus, 0, "User", view) == '<span class="prompt">User</span>'
     for place in (0, best, answer[-1][0]):  # a prompt's, a judged and an unjudged token
         assert "&lt;br&gt;&amp;" in look.token(corpus, place, "<br>&", view)
 
 
+@pytest.mark.fast
 def test_losses_are_those_of_the_model_and_rho1_takes_the_references_away(here, corpus):
     phi = tiny_folder(here / "phi")
-    Llama(LlamaConfig.from_folder(phi)).init_weights(7).save_pretrained(phi)
+    Llama.from_pretrained(phi, seed=7).save_pretrained(phi)
     samples = np.array([0, 2])
     args = arguments(here, "--grouper", "loss,rho1", "--reference", str(phi), "--dtype", "float32")
     loss, rho1 = look.views(args, corpus, samples, Tokenizer(here / "model", 512))
     chosen = corpus.take(samples)
-    theta_nll, phi_nll = (train.corpus_nll(Llama.from_pretrained(folder), chosen, 512) for folder in (here / "model", phi))
+    theta_nll, phi_nll = (corpus_nll(Llama.from_pretrained(name), chosen, 512) for name in (here / "model", phi))
     np.testing.assert_allclose(loss.scores, theta_nll, atol=1e-5)
     np.testing.assert_allclose(rho1.scores, theta_nll - phi_nll, atol=1e-5)
     assert loss.important.any() and (loss.important != rho1.important).any()
 
 
+@pytest.mark.fast
 def test_llmlingua2_reads_only_the_samples_looked_at(here, corpus, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
-    classifier, read, keep = classifier_folder(tmp_path, MBERT, TEXTS * 4), [], groupers.Classifier.keep
-    monkeypatch.setattr(groupers.Classifier, "keep", lambda self, texts: read.extend(texts) or keep(self, texts))
+    classifier, read, keep = classifier_folder(tmp_path, MBERT, TEXTS * 4), [], Classifier.keep
+    monkeypatch.setattr(Classifier, "keep", lambda self, texts: read.extend(texts) or keep(self, texts))
     samples = np.array([0, 2])
     args = arguments(here, "--grouper", "llmlingua2", "--llmlingua-model", str(classifier))
     (view,) = look.views(args, corpus, samples, Tokenizer(here / "model", 512))
-    assert read == [" " + TEXTS[0].rstrip("\n"), " b b b c.", " e f."] or read == [" " + TEXTS[0], " b b b c.", " e f."]
-    everything = groupers.llmlingua2(corpus, groupers.Classifier(classifier))
+    assert read == [" " + TEXTS[0], " b b b c.", " e f."]
+    everything = keep_scores(corpus, Classifier(classifier))
     chosen = corpus.take(samples)
     both = [everything[a:b] for a, b in (corpus.starts[[0, 1]], corpus.starts[[2, 3]])]
     np.testing.assert_allclose(view.scores, np.concatenate(both), atol=1e-5)
     assert 0.3 < view.important[chosen.loss_mask].mean() < 0.7
 
 
+@pytest.mark.fast
+def test_a_function_of_a_users_file_is_shown_as_ours_are(here, corpus):
+    (here / "mine.py").write_text("import numpy as np\ndef long(c, seed): return np.diff(c.spans)[:, 0].astype('f4')\n")
+    (view,) = look.views(arguments(here, "--grouper", f"{here / 'mine.py'}:long"), corpus, np.arange(3), None)
+    assert (view.scores == np.diff(corpus.spans)[:, 0]).all() and view.important.any()
+
+
 def arguments(here, *more):
-    flags = ["--data", str(here / "rows.jsonl"), "--model", str(here / "model"), "--eta", "0.5", *more]
-    return look.parse_args(flags)
+    return look.parse_args(flags(here, "--eta", 0.5, *more))
 
 
-def said(here, *more) -> subprocess.CompletedProcess:
-    command = [sys.executable, "groupers.py", "--data", here / "rows.jsonl", "--model", here / "model", "--eta", "0.5", *more]
-    return subprocess.run([*map(str, command)], cwd=Path(look.__file__).parent, capture_output=True, text=True)
+def flags(here, *more) -> list[str]:
+    return [*map(str, ("--data", here / "rows.jsonl", "--model", here / "model", *more))]
 
 
-def test_the_program_prints_samples_and_writes_a_page(here):
-    done = said(here, "--grouper", "tfidf,frequency", "--html", here / "page.html")
-    assert done.returncode == 0, done.stderr
-    assert [line for line in done.stdout.splitlines() if line[:1] == "═"] == ["══ row 1 ══", "══ row 2 ══", "══ row 4 ══"]
-    assert done.stdout.count("── tfidf: ") == 3 and "[" in done.stdout and "\x1b" not in done.stdout
-    assert re.search(r"^  frequency +\d+\.\d% important", done.stdout, re.M) and f"wrote {here / 'page.html'}" in done.stdout
-    one = said(here, "--row", 4)
-    assert "══ row 4 ══\nUser: a" in one.stdout and one.stdout.count("══ row") == 1 and "counted over 3 samples" in one.stdout
-    assert "counted over 2 samples" in said(here, "--row", 4, "--stats", 1).stdout
+@pytest.fixture
+def said(here, monkeypatch, capsys):
+    """said(*flags): what the program prints."""
+
+    def run(*more) -> str:
+        monkeypatch.setattr(sys, "argv", ["look.py", *flags(here, "--eta", 0.5, *more)])
+        look.main()
+        return capsys.readouterr().out
+
+    return run
 
 
+@pytest.mark.fast
+def test_the_program_prints_samples_and_writes_a_page(here, said):
+    out = said("--grouper", "tfidf,frequency", "--html", here / "page.html")
+    assert [line for line in out.splitlines() if line[:1] == "═"] == ["══ row 1 ══", "══ row 2 ══", "══ row 4 ══"]
+    assert out.count("── tfidf: ") == 3 and "[" in out and "\x1b" not in out
+    assert re.search(r"^  frequency +\d+\.\d% important", out, re.M) and f"wrote {here / 'page.html'}" in out
+    assert "<h3>frequency</h3>" in (here / "page.html").read_text(encoding="utf-8")
+    one = said("--row", 4)
+    assert "══ row 4 ══\nUser: a" in one and one.count("══ row") == 1 and "counted over 3 samples" in one
+    assert "counted over 2 samples" in said("--row", 4, "--stats", 1)
+
+
+def test_the_file_runs_from_any_working_directory_and_ends_quietly_where_nobody_reads_on(here):
+    command = [sys.executable, Path(look.__file__).resolve(), *flags(here)]
+    process = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--grouper", "tfdif"], "no grouper 'tfdif'; choose among random, frequency, tfidf"),
-        (["--grouper", "none"], "no grouper 'none'"),
+        (["--grouper", "tfdif"], "--grouper tfdif: expected one of random, frequency, tfidf"),
+        (["--grouper", "none"], "--grouper none: expected one of random"),
         (["--grouper", "rho1"], "--grouper rho1 needs --reference"),
         (["--row", "3"], "row 3 is not among the 3 samples"),
         (["--eta", "9"], "eta is 9.0, expected a percentile"),
         (["--html", "absent/page.html"], "no such folder; create it first"),
+        (["--grouper", "tfidf,absent.py:f"], "no such file absent.py"),
         (["--data", "absent"], "absent: no such file"),
         (["--stats", "-1"], "expected at least 0 samples and 2 tokens"),
         (["--context", "1"], "expected at least 0 samples and 2 tokens"),
@@ -239,12 +281,14 @@ def test_the_program_prints_samples_and_writes_a_page(here):
     ],
 )
 def test_a_mistake_gets_one_line(here, flags, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["groupers.py", "--data", str(here / "rows.jsonl"), "--model", str(here / "model"), *flags])
+    base = ["look.py", "--data", str(here / "rows.jsonl"), "--model", str(here / "model")]
+    monkeypatch.setattr(sys, "argv", [*base, *flags])
     with pytest.raises(SystemExit) as e:
         look.main()
     assert message in (e.value.code if isinstance(e.value.code, str) else capsys.readouterr().err)
 
 
+@pytest.mark.fast
 def test_ranks_and_views_leave_the_global_random_state_alone(here, corpus):
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     look.views(arguments(here, "--grouper", "random,loss"), corpus, np.arange(3), Tokenizer(here / "model", 512))

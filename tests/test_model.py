@@ -1,39 +1,27 @@
 """model.py: equal to transformers on tiny random Llamas, exact over packed documents, honest about bad folders."""
 
+import copy
 import json
 import os
 import shutil
-from dataclasses import replace
 
 import pytest
 import stories260k
 import torch
 from safetensors.torch import load_file, save_file
 
-from files import weight_files
-from model import Layout, Llama, LlamaConfig
+from model import Llama, LlamaConfig, Packed
+from published import weights
+from published.config import checked
+from published.weights import weight_files
+from support.generate import generate, sample
 
-LLAMA3_SCALING = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-TINY = dict(
-    model_type="llama",
-    vocab_size=97,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=256,
-    rope_theta=10000.0,
-    tie_word_embeddings=True,
-    initializer_range=0.2,  # large, so that a wrong angle or mask moves the logits far
-)
+LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_SCALING["original_max_position_embeddings"] = 32
+SHAPE = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3)
+SHAPE |= dict(num_attention_heads=6, num_key_value_heads=2, head_dim=8, max_position_embeddings=256)
+TINY = {"model_type": "llama", **SHAPE, "rope_theta": 10000.0, "tie_word_embeddings": True}
+TINY["initializer_range"] = 0.2  # large, so that a wrong angle or mask moves the logits far
 VARIANTS = {
     "tied": {},
     "untied": dict(tie_word_embeddings=False),
@@ -51,7 +39,7 @@ def folder_of(tmp_path, **changes):
 
 
 def logits(model, tokens, lengths=None):
-    return model.lm_head(model(tokens[None], Layout.packed(lengths or [len(tokens)])))[0]
+    return model.lm_head(model(tokens[None], Packed(lengths or [len(tokens)])))[0]
 
 
 @pytest.fixture
@@ -109,10 +97,11 @@ def test_a_packed_document_equals_itself_alone_and_no_neighbour_changes_a_bit(ti
 
 @pytest.mark.fast
 def test_only_the_distance_between_positions_matters_also_far_out(tiny):
-    tokens, layout = torch.arange(50)[None], Layout.packed([50])
-    far = replace(layout, positions=layout.positions + 701)
+    tokens, layout = torch.arange(50)[None], Packed([50])
+    far, stretched = copy.copy(layout), copy.copy(layout)
+    far.positions, stretched.positions = layout.positions + 701, 2 * layout.positions
     assert (tiny(tokens, layout) - tiny(tokens, far)).abs().max() <= 1e-3
-    assert (tiny(tokens, layout) - tiny(tokens, replace(layout, positions=2 * layout.positions))).abs().max() > 0.1
+    assert (tiny(tokens, layout) - tiny(tokens, stretched)).abs().max() > 0.1
 
 
 @pytest.mark.fast
@@ -130,7 +119,7 @@ def test_save_and_load_keep_every_bit_in_one_file_or_many(tmp_path, tied):
     (tmp_path / "a").mkdir()
     model = Llama.from_pretrained(folder_of(tmp_path / "a", tie_word_embeddings=tied), seed=1)
     model.save_pretrained(tmp_path / "one")
-    model.save_pretrained(tmp_path / "many", max_shard_bytes=20_000)
+    weights.save(model, tmp_path / "many", shard_bytes=20_000)
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
     for folder in ("one", "many"):
         again = Llama.from_pretrained(tmp_path / folder)
@@ -141,7 +130,7 @@ def test_save_and_load_keep_every_bit_in_one_file_or_many(tmp_path, tied):
 
 @pytest.mark.fast
 def test_saving_over_older_weights_leaves_none_of_them(tmp_path, tiny):
-    tiny.save_pretrained(tmp_path / "x", max_shard_bytes=20_000)
+    weights.save(tiny, tmp_path / "x", shard_bytes=20_000)
     with torch.no_grad():
         tiny.model.norm.weight.fill_(7.0)
     tiny.save_pretrained(tmp_path / "x")
@@ -151,10 +140,8 @@ def test_saving_over_older_weights_leaves_none_of_them(tmp_path, tiny):
 
 
 @pytest.mark.fast
-def test_a_config_made_in_code_is_saved_whole(tmp_path):
-    cfg = LlamaConfig(
-        vocab_size=30, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8
-    )
+def test_a_config_made_in_code_is_saved_complete(tmp_path):
+    cfg = LlamaConfig(**SHAPE, rms_norm_eps=1e-4, rope_theta=500.0, rope_scaling=LLAMA3_SCALING)
     Llama(cfg).save_pretrained(tmp_path)
     assert Llama.from_pretrained(tmp_path).cfg == cfg
 
@@ -165,7 +152,7 @@ def test_a_frozen_matrix_gets_no_gradient_and_the_others_the_same(tmp_path):
     frozen = model.model.layers[1].mlp.up_proj.weight
 
     def gradient():
-        model(torch.arange(60)[None], Layout.packed([60])).float().square().sum().backward()
+        model(torch.arange(60)[None], Packed([60])).float().square().sum().backward()
         return {n: p.grad for n, p in model.named_parameters() if p is not frozen and p.grad is not None}
 
     full = gradient()
@@ -179,21 +166,21 @@ def test_bf16_compute_keeps_fp32_parameters_and_no_second_copy_of_them(tmp_path)
     model = Llama.from_pretrained(folder_of(tmp_path), compute_dtype=torch.bfloat16, seed=3)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        hidden = model(torch.arange(60)[None], Layout.packed([60]))
+        hidden = model(torch.arange(60)[None], Packed([60]))
     assert hidden.dtype == torch.bfloat16
     hidden.float().square().sum().backward()
     assert all(p.dtype == p.grad.dtype == torch.float32 for n, p in model.named_parameters() if p.grad is not None)
     shapes = {p.shape for p in model.parameters() if p.ndim == 2}
     assert not [t.shape for t in saved if t.dtype == torch.bfloat16 and (t.shape in shapes or t.mT.shape in shapes)]
 
-    full = Llama.from_pretrained(folder_of(tmp_path), seed=3)(torch.arange(60)[None], Layout.packed([60]))
+    full = Llama.from_pretrained(folder_of(tmp_path), seed=3)(torch.arange(60)[None], Packed([60]))
     assert (hidden - full).abs().mean() < 0.03 < full.abs().mean()
 
 
 @pytest.mark.fast
 def test_greedy_generation_with_a_cache_equals_running_the_whole_text_again(tiny):
     prompts = [[5], [8, 13, 21, 34, 55], [1, 2, 3]]
-    new = tiny.generate(prompts, 20)
+    new = generate(tiny, prompts, 20)
     for prompt, out in zip(prompts, new):
         text = list(prompt)
         for _ in range(20):
@@ -203,22 +190,20 @@ def test_greedy_generation_with_a_cache_equals_running_the_whole_text_again(tiny
 
 @pytest.mark.fast
 def test_generation_stops_at_stop_ids_and_samples_by_seed(tiny):
-    whole = tiny.generate([[5]], 12)[0]
-    assert tiny.generate([[5], [6]], 12, stop_ids=(whole[4],))[0] == whole[: whole.index(whole[4])]
-    hot = [tiny.generate([[5]], 12, temperature=2.0, seed=s)[0] for s in (0, 0, 1)]
+    full = generate(tiny, [[5]], 12)[0]
+    assert generate(tiny, [[5], [6]], 12, stop_ids=(full[4],))[0] == full[: full.index(full[4])]
+    hot = [generate(tiny, [[5]], 12, temperature=2.0, seed=s)[0] for s in (0, 0, 1)]
     assert hot[0] == hot[1] != hot[2]
-    assert tiny.generate([[5]], 12, temperature=2.0, top_p=1e-6)[0] == whole
-    assert tiny.generate([[5]], 0) == [[]]
+    assert generate(tiny, [[5]], 12, temperature=2.0, top_p=1e-6)[0] == full
+    assert generate(tiny, [[5]], 0) == [[]]
     with pytest.raises(ValueError, match="256 positions"):
-        tiny.generate([[5] * 250], 7)
+        generate(tiny, [[5] * 250], 7)
     with pytest.raises(ValueError, match="at least one token"):
-        tiny.generate([[]], 7)
+        generate(tiny, [[]], 7)
 
 
 @pytest.mark.fast
 def test_top_p_samples_only_from_the_smallest_sufficient_set():
-    from model import sample
-
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(500, 4)
     generator = torch.Generator().manual_seed(0)
     for top_p, allowed in ((0.4, {0}), (0.6, {0, 1}), (0.8, {0, 1}), (0.9, {0, 1, 2}), (1.0, {0, 1, 2, 3})):
@@ -228,7 +213,7 @@ def test_top_p_samples_only_from_the_smallest_sufficient_set():
 def test_stories260k_writes_the_text_that_llama2c_pins(tmp_path):
     folder = stories260k.convert(tmp_path)
     model = Llama.from_pretrained(folder)
-    out = model.generate([[1]], 200, stop_ids=(1, 2))[0]
+    out = generate(model, [[1]], 200, stop_ids=(1, 2))[0]
     assert stories260k.decode(out) == stories260k.PINNED
 
 
@@ -257,7 +242,7 @@ def test_the_gpu_kernel_agrees_with_the_document_loop(tmp_path):
 
     def logits_and_gradient(device, dtype):
         model = Llama.from_pretrained(cfg, seed=3, compute_dtype=dtype, device=device)
-        out = model.lm_head(model(tokens[None].to(device), Layout.packed(lengths, device)))[0].float()
+        out = model.lm_head(model(tokens[None].to(device), Packed(lengths, device)))[0].float()
         torch.nn.functional.cross_entropy(out[:-1], tokens[1:].to(device)).backward()
         return out.detach().cpu(), torch.cat([p.grad.flatten().cpu() for p in model.parameters()])
 
@@ -270,7 +255,7 @@ def test_the_gpu_kernel_agrees_with_the_document_loop(tmp_path):
 # Bad folders.
 
 
-def _edit_config(**changes):
+def _config(**changes):
     def edit(folder):
         raw = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**raw, **changes}))
@@ -278,7 +263,7 @@ def _edit_config(**changes):
     return edit
 
 
-def _edit_tensors(change):
+def _tensors(change):
     def edit(folder):
         tensors = load_file(folder / "model.safetensors")
         change(tensors)
@@ -311,36 +296,51 @@ def _meta_layout(folder):
 
 
 BROKEN = {
-    "not a Llama": (_edit_config(model_type="mistral"), r"config\.json: model_type is 'mistral', expected 'llama'"),
-    "biases": (_edit_config(attention_bias=True), "attention_bias is True"),
-    "yarn": (_edit_config(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rotary scaling is 'yarn'"),
-    "heads": (_edit_config(num_key_value_heads=4), "6 query heads, 4 key/value heads of width 8: expected query heads in equal groups"),
-    "eps as text": (_edit_config(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5', expected a number above 0"),
-    "theta as text": (_edit_config(rope_theta="x"), r"config\.json: rope_theta is 'x'"),
-    "tied as text": (_edit_config(tie_word_embeddings="false"), "tie_word_embeddings is 'false', expected true or false"),
-    "factor as text": (_edit_config(rope_scaling={**LLAMA3_SCALING, "factor": "8"}), "without a number for factor"),
+    "not a Llama": (_config(model_type="mistral"), r"config\.json: model_type is 'mistral', expected 'llama'"),
+    "biases": (_config(attention_bias=True), "attention_bias is True"),
+    "yarn": (_config(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rotary scaling is 'yarn'"),
+    "heads": (
+        _config(num_key_value_heads=4),
+        "6 query heads, 4 key/value heads of width 8, expected query heads in equal groups",
+    ),
+    "eps as text": (_config(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5', expected a number above 0"),
+    "theta as text": (_config(rope_theta="x"), r"config\.json: rope_theta is 'x'"),
+    "tied as text": (_config(tie_word_embeddings="false"), "tie_word_embeddings is 'false', expected true or false"),
+    "factor as text": (
+        _config(rope_scaling={**LLAMA3_SCALING, "factor": "8"}),
+        "rotary factor is '8', expected a number above 0",
+    ),
     "no tensor": (lambda f: save_file({}, f / "model.safetensors"), "holds no tensor"),
-    "odd width": (_edit_config(head_dim=7), "an even width"),
-    "no heads": (_edit_config(num_attention_heads=0), "num_attention_heads is 0, expected a whole number above 0"),
-    "width as text": (_edit_config(hidden_size="48"), "hidden_size is '48', expected a whole number"),
-    "no layers": (_edit_config(num_hidden_layers=None), "num_hidden_layers is None"),
-    "config a list": (lambda f: (f / "config.json").write_text("[]"), r"config\.json: holds a list, expected an object"),
-    "rotary a word": (_edit_config(rope_scaling="llama3"), "rotary settings are 'llama3', expected an object"),
-    "rotary half told": (
-        _edit_config(rope_scaling={"rope_type": "llama3", "factor": 8.0}),
-        "without a number for high_freq_factor, low_freq",
+    "odd width": (_config(head_dim=7), "an even width"),
+    "no heads": (_config(num_attention_heads=0), "num_attention_heads is 0, expected a whole number above 0"),
+    "width as text": (_config(hidden_size="48"), "hidden_size is '48', expected a whole number"),
+    "no layers": (_config(num_hidden_layers=None), "num_hidden_layers is None"),
+    "config a list": (
+        lambda f: (f / "config.json").write_text("[]"),
+        r"config\.json: holds a list, expected an object",
+    ),
+    "rotary a word": (_config(rope_scaling="llama3"), "rotary settings are 'llama3', expected an object"),
+    "rotary incomplete": (
+        _config(rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+        "rotary low_freq_factor is None, expected a number above 0",
     ),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json: not readable as JSON"),
-    "truncated": (_truncate, r"model\.safetensors: not a whole safetensors file"),
-    "missing tensor": (_edit_tensors(lambda t: t.pop("model.norm.weight")), r"1 of 29 tensors missing \(model\.norm\.weight\)"),
-    "foreign tensor": (_edit_tensors(lambda t: t.update(x=torch.zeros(1))), r"1 tensors this Llama does not have \(x\)"),
-    "misshapen": (_edit_tensors(lambda t: t.update({"model.norm.weight": torch.zeros(47)})), r"model\.norm\.weight is \(47,\).*\(48,\)"),
+    "truncated": (_truncate, r"model\.safetensors: a damaged safetensors file"),
+    "missing tensor": (
+        _tensors(lambda t: t.pop("model.norm.weight")),
+        r"1 of 29 tensors missing \(model\.norm\.weight\)",
+    ),
+    "foreign tensor": (_tensors(lambda t: t.update(x=torch.zeros(1))), r"1 tensors this Llama does not have \(x\)"),
+    "misshapen": (
+        _tensors(lambda t: t.update({"model.norm.weight": torch.zeros(47)})),
+        r"model\.norm\.weight is \(47,\).*\(48,\)",
+    ),
     "claimed tied": (
-        _edit_tensors(lambda t: t.update({"lm_head.weight": torch.zeros(97, 48)})),
+        _tensors(lambda t: t.update({"lm_head.weight": torch.zeros(97, 48)})),
         "lm_head.weight differs from the embedding",
     ),
-    "claimed untied": (_edit_config(tie_word_embeddings=False), r"missing \(lm_head\.weight\)"),
+    "claimed untied": (_config(tie_word_embeddings=False), r"missing \(lm_head\.weight\)"),
     "pickle": (_pickle_only, "pytorch_model.bin, a pickle"),
     "lost shard": (_index_without_shard, "names model-00001-of-00002.safetensors, not in this folder"),
     "index a list": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "index.json: holds a list"),
@@ -383,10 +383,9 @@ def test_a_config_without_weights_gives_fresh_ones_by_seed(tmp_path):
 def test_rotary_scaling_at_full_size_is_the_published_one():
     transformers = pytest.importorskip("transformers")
     scaling = dict(LLAMA3_SCALING, original_max_position_embeddings=8192)
-    raw = dict(
-        TINY, rope_theta=500000.0, rope_scaling=scaling, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, head_dim=128
-    )
+    raw = TINY | dict(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+    raw |= dict(rope_theta=500000.0, rope_scaling=scaling)
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(**{**raw, "max_position_embeddings": 131072})).inv_freq
-    torch.testing.assert_close(LlamaConfig.from_dict(raw).inv_freq(), theirs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(LlamaConfig(**checked(raw)).inv_freq(), theirs, rtol=1e-6, atol=0)
