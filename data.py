@@ -40,11 +40,7 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 
 
 def parse(where: str, row: dict) -> tuple[str, Turns]:
-    """(format, turns) of one row; the format is "dialogue", "alpaca" or "text".
-
-    Raises:
-        ValueError: no known set of fields, or a field of the wrong type; `where` names the row.
-    """
+    """(format, turns) of one row; the format is "dialogue", "alpaca" or "text". `where` names the row in errors."""
 
     def string(value, name: str) -> str:
         if not isinstance(value, str):
@@ -203,10 +199,7 @@ def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: 
     """Read, render, tokenize and cut at `context` tokens.
 
     A sample is cut from its end, and an end token that is cut away stays away. Plain text is cut into pieces instead,
-    each with a BOS of its own, so that every token of it is trained on once.
-
-    Raises:
-        ValueError: naming file and line; also when no row is usable.
+    each with a BOS of its own, so that every token of it is trained on once. ValueError names file and line.
     """
     counts, documents, numbers, first = Counter(), [], [], None
     rows = read_rows(path)
@@ -236,14 +229,13 @@ def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: 
     spans[starts[:-1]] = whole.spans[begin, :1]  # a BOS is empty, at the begin of its sample
     numbers = np.array(numbers, np.int64)[document]
     corpus = Corpus(whole.ids[at], whole.kind[at], starts, spans, numbers, whole.text, template)
-    usable = np.array([mask.any() for mask in np.split(corpus.loss_mask, starts[1:-1])], bool)
+    usable = np.bincount(corpus.doc_ids, corpus.loss_mask, len(corpus)) > 0
     counts["dropped: response cut away"] += len(usable) - usable.sum()
     counts["cut at the context length"] += ((whole.lengths > context)[document] & usable).sum() * (template != "text")
     counts = {what: int(n) for what, n in sorted(counts.items()) if n}
     if not usable.any():
         why = ", ".join(f"{n} {what}" for what, n in counts.items())
-        needed = f"each needs a response, within --context {context} tokens"
-        raise ValueError(f"{path}: none of {len(rows)} rows is usable ({why}); {needed}")
+        raise ValueError(f"{path}: none of {len(rows)} rows is usable ({why}); each needs a response within --context")
     corpus = corpus if usable.all() else corpus.take(np.flatnonzero(usable))
     return replace(corpus, counts={"rows": len(rows), "kept": len(corpus), **counts})
 
@@ -330,9 +322,7 @@ def epoch_order(samples: int, batch_size: int, seed: int, epoch: int, drop_last:
     return np.split(order, range(batch_size, samples, batch_size))[: samples // batch_size if drop_last else None]
 
 
-def micro_batches(
-    corpus: Corpus, prior: np.ndarray, samples: np.ndarray, max_tokens: int, rank: int = 0, ranks: int = 1
-) -> list[Batch]:
+def micro_batches(corpus: Corpus, prior, samples: np.ndarray, max_tokens: int, rank=0, ranks=1) -> list[Batch]:
     """One rank's part of a step's samples, as few packed rows of at most `max_tokens` positions.
 
     Every rank gets nearly as many tokens, and exactly as many rows. `prior` is (tokens,), aligned with `corpus.ids`.

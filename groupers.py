@@ -36,8 +36,7 @@ def important(scores: Tensor, loss_mask: Tensor, doc_ids: Tensor, eta: float) ->
         doc_ids:   (T,) int64, the sample of each token, 0 ... N - 1, never falling.
         eta:       percentile in [0, 1]; 0.9 leaves the bottom 90 % unimportant.
 
-    Returns:
-        (T,) bool, False outside `loss_mask`.
+    Returns (T,) bool, False outside `loss_mask`.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}, expected a percentile in [0, 1]; 0.9 makes the top 10 % important")
@@ -91,23 +90,18 @@ def judgeable(corpus: Corpus) -> np.ndarray:
     return (corpus.kind == PROMPT) | (corpus.kind == RESPONSE)
 
 
-def spread(judged: np.ndarray, scores) -> np.ndarray:
+def spread(judged: np.ndarray, scores: np.ndarray) -> np.ndarray:
     out = np.full(len(judged), -np.inf, np.float32)
     out[judged] = scores
     return out
 
 
-ONCE = {
-    "none": lambda corpus, seed: spread(judgeable(corpus), -np.inf),
-    "random": random,
-    "frequency": frequency,
-    "tfidf": tfidf,
-}
+ONCE = {"random": random, "frequency": frequency, "tfidf": tfidf}
 
 # In every step: (nll, prior) -> score, (T,) each; nll is detached.
 
 IN_STEP = {"loss": lambda nll, prior: nll, "rho1": lambda nll, reference_nll: nll - reference_nll}
-NAMES = (*ONCE, "llmlingua2", *IN_STEP)
+NAMES = ("none", *ONCE, "llmlingua2", *IN_STEP)
 
 
 def labeller(grouper: str, etas: tuple[float, ...]) -> Callable[[Tensor, Batch], Tensor]:

@@ -81,9 +81,8 @@ def lam_at(step: int, total_steps: int, lam_max: float, lam_min: float) -> float
 def sft_go_loss(nll: Tensor, important: Tensor, loss_mask: Tensor, lam: float) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 1-4 for one batch held in one place: what to call from another trainer. Arguments as in `group_sums`.
 
-    Returns:
-        loss:  () nats per token, carries the gradient.
-        stats: detached; ce, important, unimportant (means, nan for an empty group), and the two token counts.
+    Returns the loss, () nats per token, and stats, detached: ce, important, unimportant (means, nan for an empty group)
+    and the two token counts.
     """
     nats, tokens = group_sums(nll, important, loss_mask)
     if not tokens.any():

@@ -42,7 +42,7 @@ from model import Llama, LlamaConfig
 from published.config import read_config
 from published.hub import data_file, resolve
 from published.tokenizer import Tokenizer
-from published.weights import DTYPES, weight_files
+from published.weights import DTYPES
 from sftgo import group_sums, lam_at
 from support import checkpoint, report, scores
 from support.llmlingua2 import LLMLINGUA2
@@ -308,8 +308,7 @@ def lr_at(step: int, total_steps: int, lr: float, schedule: str, warmup_ratio: f
 def update(model, optimizer, batches: list[Batch], cfg: Config, done: int, total_steps: int, ranks: Ranks) -> dict:
     """One optimizer step, the one after `done` others; returns its part of the log.
 
-    Raises:
-        ValueError: the loss or the gradient is not finite; the parameters are then unchanged.
+    ValueError, with the parameters unchanged, where the loss or the gradient is not finite.
     """
     lam = lam_at(done, total_steps, cfg.lam_max, cfg.lam_min)
     chosen = named(cfg.objective, OBJECTIVES, "--objective")
@@ -397,8 +396,7 @@ def train(cfg: Config) -> Path | None:
         prior = ranks.each(lambda: scores.cheap(cfg.grouper, corpus, cfg.seed))
         per_epoch = len(data.epoch_order(len(corpus), cfg.batch_size, cfg.seed, 0, cfg.drop_last))
         total_steps = min(cfg.epochs * per_epoch, cfg.max_steps or sys.maxsize)
-        fresh = not weight_files(folder)
-        ranks.each(lambda: report.plan(cfg, corpus, llama, fresh, prior, total_steps, per_epoch, ranks.size))
+        ranks.each(lambda: report.plan(cfg, corpus, llama, folder, prior, total_steps, per_epoch, ranks.size))
         if cfg.dry_run:
             return None
         with checkpoint.run_folder(cfg, ranks) as out:
@@ -415,11 +413,8 @@ def train(cfg: Config) -> Path | None:
 
 
 def main() -> None:
-    command(
-        lambda: train(parse_args()),
-        "lower --micro-batch-tokens or --context",
-        "interrupted; the same command resumes from the last checkpoint, where there is an --out and one in it",
-    )
+    resume = "interrupted; the same command resumes from the last checkpoint, where there is an --out and one in it"
+    command(lambda: train(parse_args()), "lower --micro-batch-tokens or --context", resume)
 
 
 if __name__ == "__main__":

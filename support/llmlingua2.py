@@ -81,9 +81,8 @@ class Classifier:
             )
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as e:
-            raise ValueError(
-                f"{folder}: transformers cannot load a token classifier from here ({(str(e).strip() or repr(e)).splitlines()[0]})"
-            ) from e
+            reason = (str(e).strip() or repr(e)).splitlines()[0]
+            raise ValueError(f"{folder}: transformers cannot load a token classifier from here ({reason})") from e
         finally:
             logging.set_verbosity(verbosity)
         if missing := sorted(report["missing_keys"]):
@@ -119,7 +118,7 @@ class Classifier:
         windows = self.windows(ids, starts)
         probability = self.probabilities(ids, windows)
         word = self.word_numbers(ids, windows)
-        # A word's probability is the mean of its pieces. A piece out of vocabulary, which the method's package drops, keeps its own.
+        # A word's probability is the mean of its pieces. An unknown piece, which llmlingua drops, keeps its own.
         unknown = ids == self.tokenizer.unk_token_id
         count, total = np.bincount(word, ~unknown), np.bincount(word, np.where(unknown, 0, probability))
         mean = (total / np.maximum(count, 1)).astype(np.float32)[word]  # float32: a mean of equal ones is then exact
@@ -132,7 +131,7 @@ class Classifier:
         return np.where(judged, total / np.maximum(count, 1), np.nan)
 
     def pieces(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pieces of all texts end to end: ids (P,), their characters of the joined texts (P, 2), where each text starts."""
+        """Pieces of all texts end to end: ids (P,), their characters of the joined texts (P, 2), each text's start."""
         encodings = self.backend.encode_batch(texts, add_special_tokens=False)
         starts = np.cumsum([0, *map(len, encodings)])
         ids = np.concatenate([np.zeros(0, np.int64), *(np.array(e.ids, np.int64) for e in encodings)])

@@ -15,7 +15,7 @@ import groupers
 from data import RESPONSE, Corpus
 from model import Llama, LlamaConfig
 from published.tokenizer import Tokenizer
-from published.weights import DTYPES
+from published.weights import DTYPES, weight_files
 from support.generate import generate
 
 # A step.
@@ -98,7 +98,7 @@ def plan(
     cfg,
     corpus: Corpus,
     llama: LlamaConfig,
-    fresh: bool,
+    folder: Path,
     prior: np.ndarray | None,
     steps: int,
     per_epoch: int,
@@ -124,6 +124,7 @@ def plan(
     method = f"{cfg.objective}, λ {lam}, scope {cfg.scope}; groups by {cfg.grouper}"
     method += "" if cfg.grouper == "none" else f", η {' '.join(f'{eta:g}' for eta in cfg.eta)}: "
     method += "" if cfg.grouper == "none" else share(cfg, corpus, prior)
+    fresh = "" if weight_files(folder) else " (fresh: no weights in the folder)"
     size = f"{12 * parameters / 1e9:.2g} GB each, every {cfg.checkpoint_every} steps, the newest {cfg.keep} kept"
     lines = {
         "data": f"{cfg.data}: {rows:,} rows, {kept:,} {'pieces' if corpus.template == 'text' else 'samples'} kept"
@@ -134,8 +135,7 @@ def plan(
         "steps": f"{per_epoch:,} an epoch, {cfg.batch_size} samples each; {steps:,} in all; "
         f"micro-batches of up to {positions:,} tokens",
         "ranks": f"{ranks}, {cfg.shard}" if ranks > 1 else "",
-        "model": f"{cfg.model}: {parameters / 1e6:,.1f}M parameters{' (fresh: no weights in the folder)' * fresh}, "
-        f"computed in {cfg.dtype}",
+        "model": f"{cfg.model}: {parameters / 1e6:,.1f}M parameters{fresh}, computed in {cfg.dtype}",
         "memory": f"about {sum(memory.values()) / 1e9:.2g} GB of tensors{' on each rank' * (ranks > 1)}: "
         + ", ".join(f"{what} {n / 1e9:.2g}" for what, n in memory.items()),
         "saves": f"checkpoints: {size if cfg.checkpoint_every else 'none'}",

@@ -32,8 +32,8 @@ def cheap(grouper: str, corpus: Corpus, seed: int) -> np.ndarray | None:
     """The prior of a grouper that takes no model, (tokens,) float32; None for one that does."""
     if grouper in ("llmlingua2", "rho1"):
         return None
-    if grouper in groupers.IN_STEP:
-        return groupers.ONCE["none"](corpus, seed)  # it scores from the step's losses alone
+    if grouper in ("none", *groupers.IN_STEP):  # no score before the step: no token important
+        return np.full(len(corpus.ids), -np.inf, np.float32)
     scores = named(grouper, groupers.ONCE, "--grouper")(corpus, seed)
     found = f"{getattr(scores, 'dtype', type(scores).__name__)} {getattr(scores, 'shape', '')}"
     if not isinstance(scores, np.ndarray) or scores.shape != corpus.ids.shape or scores.dtype.kind != "f":
@@ -111,7 +111,7 @@ def how_to_reference(argv: list[str]) -> str:
     """What to run for Rho-1, given the flags of a run without a reference: first its reference φ, then θ."""
     run = shlex.join(["train.py", *(flag for flag in argv if flag != "--dry-run")])
     return (
-        "--grouper rho1 needs --reference, a model trained on data of the same domain. Train one, then the run itself:\n"
+        "--grouper rho1 needs --reference, a model trained on data of the same domain. Train one, then the run:\n"
         f"  python {run} --grouper none --objective cross_entropy --out runs/reference\n"
         f"  python {run} --reference runs/reference/model"
     )
