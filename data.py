@@ -227,8 +227,7 @@ def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: 
     at[starts[:-1]] = whole.starts[document]
     spans = whole.spans[at]
     spans[starts[:-1]] = whole.spans[begin, :1]  # a BOS is empty, at the begin of its sample
-    numbers = np.array(numbers, np.int64)[document]
-    corpus = Corpus(whole.ids[at], whole.kind[at], starts, spans, numbers, whole.text, template)
+    corpus = Corpus(whole.ids[at], whole.kind[at], starts, spans, np.array(numbers)[document], whole.text, template)
     usable = np.bincount(corpus.doc_ids, corpus.loss_mask, len(corpus)) > 0
     counts["dropped: response cut away"] += len(usable) - usable.sum()
     counts["cut at the context length"] += ((whole.lengths > context)[document] & usable).sum() * (template != "text")

@@ -402,7 +402,6 @@ def train(cfg: Config) -> Path | None:
         with checkpoint.run_folder(cfg, ranks) as out:
             if prior is None:
                 prior = scores.by_model(cfg, corpus, Path(cfg.cache or out / "cache"), ranks)
-                print(f"groups  {report.share(cfg, corpus, prior)}")
             model = ranks.each(lambda: build(cfg, folder, ranks))
             if not loop(cfg, model, corpus, prior, out, total_steps, per_epoch, ranks):
                 raise SystemExit(143)  # 128 + SIGTERM: not finished, for whoever starts it again

@@ -12,7 +12,7 @@ SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 
 
 def read_config(folder: str | Path) -> dict:
-    """The fields of `LlamaConfig` from a model folder's config.json; ValueError where it is not a Llama that we have."""
+    """The fields of `LlamaConfig` from a model folder's config.json; ValueError where it is not a Llama of ours."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no config.json here; expected a model folder in the published (Hub) layout")

@@ -31,7 +31,7 @@ def data_file(name: str) -> Path:
 
 
 def download(repository: str, patterns: list[str], flags: str, repo_type: str = "model") -> Path:
-    """The local copy of a repository's files that match `patterns`; `flags` is what `hf download` needs besides the name.
+    """The local copy of a repository's files that match `patterns`; `flags`: what `hf download` needs besides its name.
 
     Several processes may call it at once: the Hub's client locks the files it writes.
     """

@@ -1,4 +1,4 @@
-"""A model folder's tokenizer, in and out: tokenizer.json, the chat template, and the end tokens of generation_config.json."""
+"""A model folder's tokenizer, in and out: tokenizer.json, chat template, end tokens of generation_config.json."""
 
 from pathlib import Path
 
@@ -98,7 +98,7 @@ class Tokenizer:
 
 
 def require_trained_headers(folder: Path, tokenizer: Tokenizer) -> None:
-    """Refuse the llama3 template on a base model: its rows for the headers are far below the median norm, or all alike."""
+    """Refuse the llama3 template on a base model: its rows for the headers are far below the median, or alike."""
     files = weight_files(folder)
     if not files:
         return  # fresh weights: every row is untrained alike

@@ -177,6 +177,8 @@ def damage(path: Path, ranks: Ranks) -> list[str]:
             known = read_json(path / CHECKSUMS)
         except ValueError as e:
             return [str(e)]
+        if not known:
+            return [f"{CHECKSUMS} lists no files"]
         share = sorted(known)[ranks.rank :: ranks.size]
         intact = {name for name in share if (path / name).is_file() and crc32(path / name) == known[name]}
         return [f"{name} is missing or has changed" for name in share if name not in intact]

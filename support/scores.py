@@ -26,6 +26,7 @@ from published.weights import DTYPES, weight_files
 from support.llmlingua2 import Classifier, keep_scores, need_transformers
 from support.named import named
 from support.ranks import Ranks
+from support.report import share
 
 
 def cheap(grouper: str, corpus: Corpus, seed: int) -> np.ndarray | None:
@@ -49,7 +50,9 @@ def by_model(cfg, corpus: Corpus, cache: Path, ranks: Ranks) -> np.ndarray:
             return partial(keep_scores, classifier=Classifier(folder, ranks.device))
 
         made_by = ["keep probability", version("transformers"), version("tokenizers")]
-        return shared(cfg.llmlingua_model, scorer, made_by, corpus, cache, ranks)
+        scores = shared(cfg.llmlingua_model, scorer, made_by, corpus, cache, ranks)
+        print(f"groups  {share(cfg, corpus, scores)}")
+        return scores
     dtype = DTYPES[cfg.dtype]
 
     def scorer(folder: Path) -> Callable[[Corpus], np.ndarray]:

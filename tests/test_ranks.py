@@ -116,7 +116,9 @@ def place(tmp_path_factory):
     """Tiny models, rows, the base flags, and what one process makes of every case."""
     here = tmp_path_factory.mktemp("ranks")
     folder, untied = tiny_folder(here / "model"), tiny_folder(here / "untied", tie_word_embeddings=False)
-    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"], "both kinds of head are in the cases"
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"], (
+        "both kinds of head are in the cases"
+    )
     phi = here / "phi"
     Llama.from_pretrained(folder, seed=9).save_pretrained(phi)
     for name in ("tokenizer.json", "tokenizer_config.json"):
