@@ -48,8 +48,8 @@ def parse(where: str, row: dict) -> tuple[str, Turns]:
         try:
             value.encode()
         except UnicodeEncodeError as e:
-            half = f"\\u{ord(value[e.start]):04x}, half of a surrogate pair"
-            raise ValueError(f"{where}: {name} holds {half}; was an emoji cut in two?") from e
+            half = f"{name} holds \\u{ord(value[e.start]):04x}, half of a surrogate pair"
+            raise ValueError(f"{where}: {half}; was an emoji cut in two?") from e
         return value
 
     def pair(prompt: str, answer: str) -> Turns:
@@ -61,14 +61,15 @@ def parse(where: str, row: dict) -> tuple[str, Turns]:
             if not isinstance(turns, list) or not turns:
                 raise ValueError(f"{where}: {name} is {json.dumps(turns)[:60]}, expected a list of turns")
             for i, turn in enumerate(turns):
+                spot = f"{name}[{i}]"
                 if isinstance(turns[0], str) and name == "conversations":  # LIMA: the user begins, then they alternate
-                    turn = {"role": ("user", "assistant")[i % 2], "content": turn}
+                    out.append((("user", "assistant")[i % 2], string(turn, spot)))
+                    continue
                 fields = turn if isinstance(turn, dict) else {}
-                role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
+                role, key = fields.get("role", fields.get("from")), "value" if "value" in fields else "content"
                 if not isinstance(role, str) or role not in ROLES:
-                    expected = f"expected an object with a role ({', '.join(ROLES)}) and a content"
-                    raise ValueError(f"{where}: {name}[{i}] is {json.dumps(turn)[:60]}, {expected}")
-                out.append((ROLES[role], string(content, f"{name}[{i}]")))
+                    raise ValueError(f"{where}: {spot} is {json.dumps(turn)[:60]}, expected a role: {', '.join(ROLES)}")
+                out.append((ROLES[role], string(fields.get(key), f"{spot}.{key}")))
             return "dialogue", out
     if row.keys() >= {"instruction", "output"}:
         user, answer = pair("instruction", "output")
@@ -149,8 +150,7 @@ def renderer(where: str, found: str, turns: Turns, template: str) -> Callable[[T
         raise ValueError(f"{where}: a row of {found} does not fit --template {template}; use --template {AUTO[found]}")
     roles = [role for role, _ in turns if role != "input"]
     if template == "alpaca" and roles not in (["user", "assistant"], []):
-        holds = "--template alpaca holds one instruction and one answer; use --template plain"
-        raise ValueError(f"{where}: {', '.join(roles)}: {holds}")
+        raise ValueError(f"{where}: {', '.join(roles)}: not one instruction and one answer; use --template plain")
     return TEMPLATES[template]
 
 
@@ -201,7 +201,7 @@ def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: 
     A sample is cut from its end, and an end token that is cut away stays away. Plain text is cut into pieces instead,
     each with a BOS of its own, so that every token of it is trained on once. ValueError names file and line.
     """
-    counts, documents, numbers, first = Counter(), [], [], None
+    counts, documents, first = Counter(), {}, None  # documents: number of the row -> its pieces
     rows = read_rows(path)
     for number, (where, row) in enumerate(rows, 1):
         found, turns = parse(where, row)
@@ -215,9 +215,8 @@ def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: 
             counts["dropped: empty response" if answered else "dropped: no response"] += 1
         else:
             counts["unanswered last turns left out"] += answered < len(turns)
-            documents.append(list(render(turns[:answered])))
-            numbers.append(number)
-    whole = tokenize(documents, tokenizer)
+            documents[number] = list(render(turns[:answered]))
+    whole = tokenize([*documents.values()], tokenizer)
     # A document gives one sample, plain text as many as it takes: each is the document's BOS and a stretch after it.
     stretches = -(-(whole.lengths - 1) // (context - 1)) if template == "text" else np.ones(len(whole), np.int64)
     document = np.repeat(np.arange(len(whole)), stretches)  # (samples,)
@@ -227,7 +226,9 @@ def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: 
     at[starts[:-1]] = whole.starts[document]
     spans = whole.spans[at]
     spans[starts[:-1]] = whole.spans[begin, :1]  # a BOS is empty, at the begin of its sample
-    corpus = Corpus(whole.ids[at], whole.kind[at], starts, spans, np.array(numbers)[document], whole.text, template)
+    corpus = Corpus(
+        whole.ids[at], whole.kind[at], starts, spans, np.array([*documents])[document], whole.text, template
+    )
     usable = np.bincount(corpus.doc_ids, corpus.loss_mask, len(corpus)) > 0
     counts["dropped: response cut away"] += len(usable) - usable.sum()
     counts["cut at the context length"] += ((whole.lengths > context)[document] & usable).sum() * (template != "text")

@@ -130,10 +130,7 @@ class Config:
         tokens, none, rho1 = self.micro_batch_tokens, self.grouper == "none", self.grouper == "rho1"
         missing = "--data" if self.model else "--model"
         for wrong, message in (
-            (
-                not (self.model and self.data),
-                f"{missing} is missing; give both --model and --data, or neither for the demo",
-            ),
+            (not (self.model and self.data), f"{missing} is missing; give --model and --data, or neither: the demo"),
             (self.lam_min > self.lam_max, f"--lam-min {self.lam_min} is above --lam-max {self.lam_max}"),
             (tokens < self.context - 1, f"--micro-batch-tokens {tokens} cannot hold --context {self.context}"),
             (none and self.objective == "important_only", "--objective important_only needs a --grouper"),
@@ -327,7 +324,7 @@ def update(model, optimizer, batches: list[Batch], cfg: Config, done: int, total
     lr = lr_at(done, total_steps, cfg.lr, cfg.schedule, cfg.warmup_ratio)
     row = {"loss": float(loss), **report.group_means(nats, tokens), "lam": lam, "lr": lr, "grad_norm": norm}
     if not math.isfinite(row["loss"]) or not math.isfinite(norm):
-        cure = "A lower --lr, more --warmup-ratio or --dtype float32 are the usual cures"
+        cure = f"Lower --lr or use --dtype float32. Last checkpoint: {checkpoint.newest(cfg.out)}"
         raise everywhere(ValueError(f"step {done + 1}: {report.line(row)}. Not updated, and no model written. {cure}"))
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -336,14 +333,14 @@ def update(model, optimizer, batches: list[Batch], cfg: Config, done: int, total
     return row
 
 
-def loop(cfg: Config, model, corpus: Corpus, prior, out: Path, total_steps: int, per_epoch: int, ranks: Ranks) -> bool:
+def loop(cfg: Config, model, corpus: Corpus, prior, total_steps: int, per_epoch: int, ranks: Ranks) -> bool:
     """The steps that are still to do; False where a SIGTERM ended them."""
     matrices, norms = ([p for p in model.parameters() if (p.ndim == 1) == is_norm] for is_norm in (False, True))
     sets = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(sets, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
-    begun, order = checkpoint.resume(out, model, optimizer, ranks), None
-    print(f"run     {out}, on {ranks}" + f", after step {begun}" * bool(begun))
-    log = open(out / "metrics.jsonl" if ranks.rank == 0 else os.devnull, "a", encoding="utf-8")
+    begun, order = checkpoint.resume(Path(cfg.out), model, optimizer, ranks), None
+    print(f"run     {cfg.out}, on {ranks}" + f", after step {begun}" * bool(begun))
+    log = open(f"{cfg.out}/metrics.jsonl" if ranks.rank == 0 else os.devnull, "a", encoding="utf-8")
     bar = tqdm(total=total_steps, initial=begun, unit="step", disable=None, dynamic_ncols=True)
     with ranks.sigterm() as asked_to_stop, log, bar:
         for done in range(begun, total_steps):
@@ -364,9 +361,11 @@ def loop(cfg: Config, model, corpus: Corpus, prior, out: Path, total_steps: int,
                 bar.write(f"step {done + 1}/{total_steps} | {report.line(row)}", file=sys.stdout)
             stop = asked_to_stop()
             if cfg.checkpoint_every and (stop or last or (done + 1) % cfg.checkpoint_every == 0):
-                checkpoint.save(out, done + 1, model, optimizer, cfg.keep, ranks)
+                checkpoint.save(Path(cfg.out), done + 1, model, optimizer, cfg.keep, ranks)
             if stop and not last:
-                saved = f"resume with --out {out}" if cfg.checkpoint_every else "nothing saved (--checkpoint-every 0)"
+                saved = (
+                    f"resume with --out {cfg.out}" if cfg.checkpoint_every else "nothing saved (--checkpoint-every 0)"
+                )
                 print(f"stopped by SIGTERM after step {done + 1} of {total_steps}; {saved}", flush=True)
                 return False
     return True
@@ -400,10 +399,11 @@ def train(cfg: Config) -> Path | None:
         if cfg.dry_run:
             return None
         with checkpoint.run_folder(cfg, ranks) as out:
+            cfg = replace(cfg, out=str(out))
             if prior is None:
                 prior = scores.by_model(cfg, corpus, Path(cfg.cache or out / "cache"), ranks)
             model = ranks.each(lambda: build(cfg, folder, ranks))
-            if not loop(cfg, model, corpus, prior, out, total_steps, per_epoch, ranks):
+            if not loop(cfg, model, corpus, prior, total_steps, per_epoch, ranks):
                 raise SystemExit(143)  # 128 + SIGTERM: not finished, for whoever starts it again
             checkpoint.export(model, tokenizer, corpus.template, DTYPES[cfg.save_dtype or cfg.dtype], out, ranks)
             if ranks.rank == 0:

@@ -22,7 +22,7 @@ import torch
 from eval import command_line
 from eval.benchmarks import BENCHMARKS, task_names
 from eval.generate import Prompt, end_tokens, require_room, write
-from eval.results import earlier, fingerprint, run_of, write_samples
+from eval.results import HEAD, earlier, fingerprint, line, run_of, write_samples
 from eval.score import Encoder, Item, by_task, score
 from model import Llama, LlamaConfig
 from published.config import read_config
@@ -33,8 +33,7 @@ from published.weights import DTYPES
 from support.checkpoint import git_commit
 from support.ranks import Ranks, command
 
-LIBRARIES = {"torch", "tokenizers", "numpy", "sacrebleu", "rouge-score", "lm-eval", "nltk", "langdetect"}
-HEAD = f"{'task':<16}{'items':>7}{'seconds':>9}{'items/s':>9}   scores, % (± standard error)"
+LIBRARIES = ("torch", "tokenizers", "numpy", "sacrebleu", "rouge-score", "lm-eval", "nltk", "langdetect")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,12 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_line("python -m eval", about, scores=True)
     add = parser.add_argument
     add("--tasks", default="all", metavar="A,B", help="names separated by commas (default: all)")
-    add(
-        "--data",
-        default="benchmarks",
-        metavar="PATH",
-        help="where `python -m eval.download` put them (default: benchmarks)",
-    )
+    add("--data", default="benchmarks", metavar="PATH", help="of `python -m eval.download` (default: benchmarks)")
     add("--batch-tokens", type=int, metavar="N", help="of a packed row (default: 4,096 on a CPU, 65,536 on a GPU)")
     usual = "(default: eval.json beside a run's model, else eval-NAME.json here)"
     add("--out", metavar="FILE.json", help=f"results; the same command resumes after the last finished task {usual}")
@@ -90,14 +84,17 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, list], Path, Encoder, t
 
 def evaluate(args: argparse.Namespace, ranks: Ranks) -> None:
     """Score the model on each task in turn; after each, write the files and print a line."""
-    out, samples = paths(args)
+    out, samples = ranks.each(lambda: paths(args))
     items, folder, encoder, stop_ids = ranks.each(lambda: prepare(args))
+    settings = {name: getattr(args, name) for name in ("bos", "dtype", "limit")}
+    sha = ranks.first(lambda: fingerprint(folder))
     about = {
         "model": args.model,
-        "fingerprint": ranks.first(lambda: fingerprint(folder)),
+        "fingerprint": sha,
         "run": run_of(Path(args.model)),
+        "settings": settings,
+        "tasks": {},
     }
-    about |= {"settings": {name: getattr(args, name) for name in ("bos", "dtype", "limit")}, "tasks": {}}
     about = ranks.first(lambda: earlier(out, about, samples))
     todo = [name for name in args.tasks if name not in about["tasks"]]
     if done := [name for name in args.tasks if name not in todo]:
@@ -107,8 +104,8 @@ def evaluate(args: argparse.Namespace, ranks: Ranks) -> None:
     device, dtype = ranks.device, DTYPES[args.dtype]
     model = ranks.each(lambda: Llama.from_pretrained(folder, dtype, dtype, device))
     where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    versions = {"python": platform.python_version()}
-    versions |= {d.name.replace("_", "-"): d.version for d in distributions() if d.name.replace("_", "-") in LIBRARIES}
+    installed = [(name, next(iter(distributions(name=name)), None)) for name in LIBRARIES]
+    versions = {"python": platform.python_version()} | {name: found.version for name, found in installed if found}
     made = {"device": where, "ranks": ranks.size, "versions": versions, "git_commit": git_commit()}
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{args.model}: {size:,.1f}M parameters in {args.dtype} on {where}; BOS {args.bos}; results go to {out}")
@@ -128,25 +125,10 @@ def evaluate(args: argparse.Namespace, ranks: Ranks) -> None:
         print(line(name, len(mine), summary, seconds), flush=True)
 
 
-def line(name: str, n: int, summary: dict, seconds: float) -> str:
-    """One task's line for the terminal."""
-    flat, scores = {}, []
-    for key, value in summary.items():
-        flat |= {f"{key} {k}": v for k, v in value.items()} if key in ("mc1", "mc2") else {key: value}
-    for key, value in flat.items():
-        if key.endswith("acc") or key == "acc_norm":
-            error = flat.get(f"{key}_stderr")
-            label = key.removesuffix(" acc").removesuffix("_acc").replace("_level", "")
-            scores.append(f"{label} {100 * value:.2f}" + ("" if error is None else f" ± {100 * error:.2f}"))
-    scores += [f"{key} {100 * part['acc']:.2f}" for key, part in summary.get("categories", {}).items() if part["n"]]
-    return f"{name:<16}{n:>7,}{seconds:>9.1f}{n / seconds:>9.1f}   {', '.join(scores)}"
-
-
 def main() -> None:
     def program() -> None:
-        args = parse_args()
         with Ranks() as ranks:
-            evaluate(args, ranks)
+            evaluate(ranks.each(parse_args), ranks)
 
     again = "interrupted; the same command resumes after the last task that has its line"
     command(program, "lower --batch-tokens, or leave the GPU to this job alone", again)

@@ -15,21 +15,16 @@ from published.hub import refused
 
 
 def fetch(source: Source, to: Path) -> str:
-    """Put one split into the folder, unless it is there, and check its number of rows; returns a line about it.
-
-    Raises:
-        ValueError: the Hub did not give it (with what to do by hand), or gave another number of rows.
-    """
-    known = "already here"
-    if not source.paths(to):
-        known = "fetched"
-        get(source, to / source.folder)
+    """Put one split into the folder, unless it is there, and check its number of rows; returns a line about it."""
+    known = "already here" if source.paths(to) else "fetched"
+    if known == "fetched":
+        download(source, to / source.folder)
     rows = source.read(to)
     return f"{source.folder:<14}{len(rows):>7,} rows {known}: {', '.join(map(str, source.paths(to)))}"
 
 
-def get(source: Source, into: Path) -> None:
-    """The files of one split from the Hub, under their paths there."""
+def download(source: Source, into: Path) -> None:
+    """The files of one split from the Hub, under their paths there; ValueError says what to do by hand."""
     from huggingface_hub import HfApi, hf_hub_download  # comes with tokenizers
 
     name, by_hand = source.repository, f"put the released {source.file} (or .gz) into {into}"

@@ -14,6 +14,7 @@ from published.tokenizer import Tokenizer
 from support.generate import generate
 
 NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}  # leave greedy decoding unchanged
+Asked = tuple[str, int, tuple[str, ...]]  # a prompt, the most new tokens, stop strings
 
 
 @dataclass(frozen=True)
@@ -32,25 +33,24 @@ class Prompt:
         return {"task": self.task, "doc_id": self.doc_id, "prompt": self.text}
 
 
+def write(
+    model: Llama, encoder: Encoder, items: list[Prompt], stop_ids: tuple[int, ...], ranks, name: str
+) -> list[dict]:
+    """Each item's response and its metrics, on every rank."""
+    texts = respond(model, encoder, [(p.text, p.max_new_tokens, p.stops) for p in items], stop_ids, ranks, name=name)
+    return [{"response": text, "metrics": item.judge(text)} for item, text in zip(items, texts)]
+
+
 def respond(
-    model: Llama,
-    encoder: Encoder,
-    prompts: list[tuple[str, int, tuple[str, ...]]],
-    stop_ids: tuple[int, ...],
-    ranks=ALONE,
-    cached_tokens: int | None = None,
-    name: str = "writing",
+    model: Llama, encoder: Encoder, prompts: list[Asked], stop_ids, ranks=ALONE, cached_tokens=None, name="writing"
 ) -> list[str]:
     """What the model writes after each prompt, without special tokens, up to a stop string or the end token's text.
 
     Args:
-        prompts:       (text, most new tokens, stop strings); a prompt is cut from the left to fit the model's window.
+        prompts:       each is cut from the left so that it and its new tokens fit the model's window.
         stop_ids:      tokens that end a sequence.
         ranks:         share the batches; each gets all texts.
         cached_tokens: positions in one batch's key/value cache; None: 32,768 on a CPU, 2/5 of a GPU's free memory.
-
-    Raises:
-        ValueError: the new tokens alone would fill the window.
     """
     window, tokenizer = model.cfg.max_position_embeddings, encoder.tokenizer
     for _, most, _ in prompts:
@@ -81,25 +81,17 @@ def respond(
     return [texts[i] for i in range(len(prompts))]
 
 
-def needed(task: str, packages: str) -> ValueError:
-    others = "mmlu,mmlu_5shot,mathqa,arc_challenge,openbookqa,hellaswag,truthfulqa_mc"
-    install = 'install it with: pip install -e ".[harness]"'
-    return ValueError(f"{task} needs {packages}; {install}, or score the others: --tasks {others}")
-
-
 def require_room(most: int, window: int, name: str) -> None:
     if most >= window:
-        said = f"up to {most:,} new tokens leave no room for a prompt in this model's window of {window:,} tokens"
-        raise ValueError(f"{name}: {said}")
+        room = f"no room for a prompt in this model's window of {window:,} tokens"
+        raise ValueError(f"{name}: up to {most:,} new tokens leave {room}")
 
 
 def room_for(model: Llama) -> int:
     """How many positions' keys and values one batch may hold."""
-    if (device := model.lm_head.weight.device).type == "cpu":
-        return 32_768
-    cfg = model.cfg
+    cfg, device = model.cfg, model.lm_head.weight.device
     each = 2 * cfg.num_hidden_layers * cfg.num_key_value_heads * cfg.head_dim * model.compute_dtype.itemsize  # bytes
-    return int(0.4 * torch.cuda.mem_get_info(device)[0] / each)
+    return 32_768 if device.type == "cpu" else int(0.4 * torch.cuda.mem_get_info(device)[0] / each)
 
 
 class Stopper:
@@ -123,8 +115,8 @@ class Stopper:
 
 def trimmed(text: str, stops: tuple[str, ...]) -> str:
     """The text before the first occurrence of each stop string."""
-    for stop in stops:
-        text = text.split(stop)[0] if stop else text
+    for stop in filter(None, stops):
+        text = text.split(stop)[0]
     return text
 
 
@@ -144,9 +136,7 @@ def end_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(named) if isinstance(named, list) else (tokenizer.end if named is None else named,)
 
 
-def write(
-    model: Llama, encoder: Encoder, prompts: list[Prompt], stop_ids: tuple[int, ...], ranks, name: str
-) -> list[dict]:
-    """Each item's response and its metrics; on every rank."""
-    texts = respond(model, encoder, [(p.text, p.max_new_tokens, p.stops) for p in prompts], stop_ids, ranks, name=name)
-    return [{"response": text, "metrics": prompt.judge(text)} for prompt, text in zip(prompts, texts)]
+def needed(task: str, packages: str) -> ValueError:
+    others = "mmlu,mmlu_5shot,mathqa,arc_challenge,openbookqa,hellaswag,truthfulqa_mc"
+    install = 'install it with: pip install -e ".[harness]"'
+    return ValueError(f"{task} needs {packages}; {install}, or score the others: --tasks {others}")

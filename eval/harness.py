@@ -90,21 +90,22 @@ def run(argv: list[str] | None = None) -> None:
     add("--num-fewshot", type=int, metavar="N", help="examples in each prompt (default: the task's)")
     add("--out", metavar="FILE.json", help="where to write the harness's results")
     args = parser.parse_args(argv)
-    manager = TaskManager(include_path=args.include_path)
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    for name in names:
-        if name not in manager.all_tasks:
-            near = ", ".join(get_close_matches(name, manager.all_tasks)) or "none; `lm-eval ls tasks` lists them"
-            raise ValueError(f"--tasks {name}: the harness has no such task; nearest: {near}")
     if not names or (args.limit is not None and args.limit < 1):
         raise ValueError(f"--tasks {args.tasks!r}, --limit {args.limit}: expected at least one of each")
     if args.out and Path(args.out).exists():
         raise ValueError(f"{args.out}: exists; choose another --out, or move it away")
+    manager = TaskManager(include_path=args.include_path)
+    for name in names:
+        if name not in manager.all_tasks:
+            near = ", ".join(get_close_matches(name, manager.all_tasks)) or "none; `lm-eval ls tasks` lists them"
+            raise ValueError(f"--tasks {name}: the harness has no such task; nearest: {near}")
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     how = {"tasks": names, "num_fewshot": args.num_fewshot, "limit": args.limit, "task_manager": manager}
     found = simple_evaluate(SFTGO(args.model, args.bos, args.dtype), log_samples=False, **how)
     if args.out:
         kept = {name: found[name] for name in ("results", "groups", "versions", "n-shot", "n-samples") if name in found}
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(args.out), {"model": args.model, "bos": args.bos, "dtype": args.dtype, **kept})
     print(make_table(found) + ("\n" + make_table(found, "groups") if found.get("groups") else ""))
 

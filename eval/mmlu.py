@@ -23,7 +23,7 @@ CATEGORIES = {
         international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy prehistory
         professional_law world_religions""".split(),
 }
-SUBJECTS = {subject: category for category, subjects in CATEGORIES.items() for subject in subjects}
+SUBJECTS = [subject for subjects in CATEGORIES.values() for subject in subjects]
 
 
 def block(row: Row) -> str:
@@ -56,17 +56,16 @@ def load(data: Path, shots: int) -> list[Item]:
     for subject, rows in by_subject(TEST.read(data)).items():
         header = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
         header += "".join(f"{block(row)} {LETTERS[answer(row)]}\n\n" for row in examples[subject][:shots])
-        items += [
-            Item(f"mmlu_{subject}", i, header + block(row), LETTERS, answer(row), ("acc",))
-            for i, row in enumerate(rows)
-        ]
+        for i, row in enumerate(rows):
+            items.append(Item(f"mmlu_{subject}", i, header + block(row), LETTERS, answer(row), ("acc",)))
     return items
 
 
 def summarize(results: Results) -> dict:
     """Accuracy by subject, by category and over all: each the mean over its items, not over its parts."""
     subjects = {name.removeprefix("mmlu_"): mean(values) for name, values in results.items()}
-    categories = {
-        name: pooled([s for subject, s in subjects.items() if SUBJECTS[subject] == name]) for name in CATEGORIES
+    parts = {
+        name: [subjects[subject] for subject in names if subject in subjects] for name, names in CATEGORIES.items()
     }
+    categories = {name: pooled(found) for name, found in parts.items()}
     return {**pooled(list(subjects.values())), "categories": categories, "subjects": subjects}

@@ -11,8 +11,13 @@ from published.weights import weight_files
 
 FINGERPRINTED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
+HEAD = f"{'task':<16}{'items':>7}{'seconds':>9}{'items/s':>9}   scores, % (± standard error)"
+
 
 def read(path: Path) -> dict:
+    if not path.is_file():
+        inside, missing = path / "eval.json", "no such file; `python -m eval` writes it"
+        raise ValueError(f"{path}: " + (f"a folder; its results are {inside}" if inside.is_file() else missing))
     result = read_json(path)
     if not {"model", "fingerprint", "settings", "tasks"} <= result.keys() or not isinstance(result["tasks"], dict):
         raise ValueError(f"{path}: not a result of `python -m eval`")
@@ -67,3 +72,17 @@ def write_samples(path: Path, items: list[Item] | list[Prompt], scored: list[dic
         for item, row in zip(items, scored, strict=True):
             f.write(json.dumps(item.asked | row, ensure_ascii=False) + "\n")
     part.rename(path)
+
+
+def line(name: str, n: int, summary: dict, seconds: float) -> str:
+    """One task's line for the terminal."""
+    flat, scores = {}, []
+    for key, value in summary.items():
+        flat |= {f"{key} {k}": v for k, v in value.items()} if key in ("mc1", "mc2") else {key: value}
+    for key, value in flat.items():
+        if key.endswith("acc") or key == "acc_norm":
+            error = flat.get(f"{key}_stderr")
+            label = key.removesuffix(" acc").removesuffix("_acc").replace("_level", "")
+            scores.append(f"{label} {100 * value:.2f}" + ("" if error is None else f" ± {100 * error:.2f}"))
+    scores += [f"{key} {100 * part['acc']:.2f}" for key, part in summary.get("categories", {}).items() if part["n"]]
+    return f"{name:<16}{n:>7,}{seconds:>9.1f}{n / seconds:>9.1f}   {', '.join(scores)}"

@@ -22,10 +22,9 @@ class Row:
         """A field of this type; ValueError where it is missing or of another."""
         value = self.fields.get(name)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            has = f"the row has {', '.join(map(str, self.fields)) or 'nothing'}"
-            found = f"it is {value!r:.60}" if name in self.fields else has
-            expected = f"expected {name} ({kind.__name__})"
-            raise ValueError(f"{self.where}: {expected}, but {found}; is this the benchmark's own file?")
+            found = f"it is {value!r:.60}" if name in self.fields else f"the row has {', '.join(map(str, self.fields))}"
+            found = f"expected {name} ({kind.__name__}), but {found}"
+            raise ValueError(f"{self.where}: {found}; is this the benchmark's own file?")
         return value
 
     def strings(self, name: str) -> tuple[str, ...]:

@@ -121,11 +121,10 @@ class Encoder:
         while chunk := list(islice(requests, ENCODED_AT_ONCE)):
             contexts = {context: context.rstrip() for context, _ in chunk}
             ids = dict(zip(contexts, self(list(contexts.values()))))
-            alone = iter(
-                self.backend.encode_batch_fast([c for context, c in chunk if not context], add_special_tokens=False)
-            )
-            for (context, _), both in zip(chunk, self([context + continuation for context, continuation in chunk])):
-                head, tail = (ids[context], both[len(ids[context]) :]) if context else ([], next(alone).ids)
+            for (context, continuation), both in zip(chunk, self(["".join(request) for request in chunk])):
+                head, tail = ids[context], both[len(ids[context]) :]
+                if not context:
+                    head, tail = [], self.backend.encode(continuation, add_special_tokens=False).ids
                 if not head:  # a continuation that begins with the BOS brings its own
                     head, tail = [self.tokenizer.bos], tail[tail[:1] == [self.tokenizer.bos] :]
                 yield packed(head), tail
@@ -133,8 +132,7 @@ class Encoder:
     def item_pairs(self, items: list[Item], name: str = "items") -> list[Pair]:
         """The pair of each choice of each item, in order."""
         requests = [(item.context, choice) for item in items for choice in item.asked["continuations"]]
-        bar = {"unit": "choice", "disable": None, "leave": False}
-        return list(tqdm(self.pairs(requests), f"{name}: tokens", len(requests), **bar))
+        return list(tqdm(self.pairs(requests), f"{name}: tokens", len(requests), disable=None, leave=False))
 
 
 # Scores.
@@ -174,7 +172,7 @@ def log_likelihoods(
             bar.update(row.questions)
     if bad := int((~score.isfinite()).sum()):
         found = f"{bad:,} of {len(pairs):,} log-likelihoods are not finite"
-        raise ValueError(f"{name}: {found}; has the model diverged? Its weights hold nan or inf")
+        raise ValueError(f"{name}: {found}; has the model diverged?")
     return score.numpy(), (wrong == 0).numpy()
 
 
@@ -211,10 +209,7 @@ def predict(hidden: Tensor, head: Tensor, at: Tensor, targets: Tensor) -> tuple[
 def score(
     model: Llama, encoder: Encoder, items: list[Item], max_tokens: int | None = None, ranks=ALONE, name: str = "scoring"
 ) -> list[dict]:
-    """Each item's log-likelihoods, whether each choice is the greedy one, and the metrics; on every rank.
-
-    The ranks share the items, those of one `doc_id` on one rank.
-    """
+    """Each item's log-likelihoods, greedy flags and metrics, on every rank; the items of one `doc_id` share a rank."""
 
     def work() -> list[dict]:
         mine = [item for item in items if item.doc_id % ranks.size == ranks.rank]

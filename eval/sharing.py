@@ -27,9 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HEADER = 16  # tokens that contexts must have in common to share them
-SMALL = (
-    512  # tokens up to which a subtree is one call under a mask; beyond, the mask's empty half costs more than calls
-)
+SMALL = 512  # tokens up to which a subtree is one call under a mask; beyond, its empty half costs more than calls
 Pair = tuple[bytes, list[int]]  # context and continuation; a context is big-endian int32, sorted and compared as bytes
 Question = tuple[bytes, dict[tuple[int, ...], list[int]]]  # a context, and the requests for each of its continuations
 Memory = list[tuple[Tensor, Tensor]]  # a header's keys and values, (1, K, P, hd) each, layer by layer
@@ -120,8 +118,7 @@ def families(found: list[Question]) -> Iterator[tuple[int, list[Question]]]:
         else:
             yield header, family
             family, header = [question], 0
-    if family:
-        yield header, family
+    yield from [(header, family)] if family else []
 
 
 def shared(a: bytes, b: bytes) -> int:
@@ -154,15 +151,13 @@ class Tree:
         self.kept, self.layer = [], 0
         self.starts = [0, *accumulate(lengths)]  # where each segment begins, and where the last ends, counted over keys
         self.ends = self.starts[1:]  # where each subtree ends
-        for s in range(len(lengths) - 1, -1, -1):
-            if parents[s] >= 0:
-                self.ends[parents[s]] = max(self.ends[parents[s]], self.ends[s])
+        shift = []  # of each segment, from a token's place among the keys to its position
+        for s, parent in enumerate(parents):
+            shift.append((shift[parent] + self.starts[parent + 1] if parent >= 0 else 0) - self.starts[s])
+        for s in reversed([s for s, parent in enumerate(parents) if parent >= 0]):
+            self.ends[parents[s]] = max(self.ends[parents[s]], self.ends[s])
         self.first = 0 if memory is None else 1  # the first segment in the row
         self.past = self.starts[self.first]  # keys before the row's own
-        shift = []  # from a token's place among the keys to its position, for each segment
-        for s, parent in enumerate(parents):
-            after = shift[parent] + self.starts[parent + 1] if parent >= 0 else 0
-            shift.append(after - self.starts[s])
         positions = torch.arange(self.starts[-1]) + torch.tensor(shift).repeat_interleave(torch.tensor(lengths))
         self.positions = positions[None, self.past :].to(device)  # (1, T)
 

@@ -32,8 +32,7 @@ PATHS = {  # where a result file has each column's score
     "MMLU:5": ("mmlu_5shot", "acc"),
     **{column: (task, "acc") for column, task in NORMED.items()},
     **{f"{column} acc_norm": (task, "acc_norm") for column, task in NORMED.items()},
-    **{name: ("truthfulqa_gen", f"{name[:-1].lower() + name[-1]}_acc") for name in TRUTHFULQA[1:4]},
-    "BLEU": ("truthfulqa_gen", "bleu_acc"),
+    **{name: ("truthfulqa_gen", f"{name.lower()}_acc".replace("gel", "geL")) for name in TRUTHFULQA[:4]},
     **{name: ("truthfulqa_mc", name.lower(), "acc") for name in TRUTHFULQA[4:]},
     **{name: ("ifeval", "{}_level_{}_acc".format(*name.lower().split())) for name in IFEVAL},
 }
@@ -43,6 +42,7 @@ KINDS = {  # the tables of a data set: columns, and the paper's numbers for them
     "TruthfulQA": ((*TRUTHFULQA, "TruthfulQA"), {"LIMA": 5, "Alpaca": 7}),
     "IFEval": ((*IFEVAL, "IFEval"), {"LIMA": 6, "Alpaca": 8}),
 }
+UNSAID = "the paper does not say whether its ARC-C is acc or acc_norm"
 Number = tuple[float, float | None]  # mean and standard deviation over seeds
 Line = tuple[list[str], list[str]]  # labels and cells
 
@@ -105,17 +105,6 @@ def papers() -> list[Entry]:
     return out
 
 
-def read(path: Path) -> dict:
-    """One result file of `python -m eval`."""
-    if not path.is_file():
-        inside, missing = path / "eval.json", "no such file; `python -m eval` writes it"
-        raise ValueError(f"{path}: " + (f"a folder; its results are {inside}" if inside.is_file() else missing))
-    result = {"run": None} | results.read(path)
-    if result["run"] is not None and not (isinstance(result["run"], dict) and result["run"].keys() >= RUN):
-        raise ValueError(f"{path}: its run is not a configuration of train.py")
-    return result
-
-
 def entries(paths: list[Path]) -> tuple[list[Entry], dict]:
     """The rows that the result files make, in the paper's order, and the settings that all of them have.
 
@@ -124,11 +113,13 @@ def entries(paths: list[Path]) -> tuple[list[Entry], dict]:
     """
     found, settings = {}, None
     for path in paths:
-        result = read(path)
-        (first, same), given = settings or (path, result["settings"]), result["settings"]
-        if given != same:
-            raise ValueError(f"{path}: scored with {given}, but {first} with {same}; one table has one setting")
-        settings, run = (first, same), result["run"]
+        result = results.read(path)
+        run, given = result.get("run"), result["settings"]
+        if run is not None and not (isinstance(run, dict) and run.keys() >= RUN):
+            raise ValueError(f"{path}: its run is not a configuration of train.py")
+        settings = given if settings is None else settings
+        if given != settings:
+            raise ValueError(f"{path}: scored with {given}, but {paths[0]} with {settings}; one table has one setting")
         config = training(run) if run else {"model": result["model"]}
         seed = config.pop("seed", 0)
         key = json.dumps(config, sort_keys=True) + ("" if run else result["fingerprint"])
@@ -145,7 +136,7 @@ def entries(paths: list[Path]) -> tuple[list[Entry], dict]:
     tell_apart(out := list(found.values()))
     orders = (("data", paper.DATASETS), ("base", paper.BASES), ("method", paper.METHODS))
     out.sort(key=lambda entry: ([place(getattr(entry, name), order) for name, order in orders], entry.label))
-    return out, settings[1] if settings else {}
+    return out, settings or {}
 
 
 def place(name: str, order: tuple[str, ...]) -> tuple[int, str]:
@@ -185,13 +176,12 @@ def tell_apart(rows: list[Entry]) -> None:
     for row in rows:
         alike[row.base, row.data, row.method].append(row)
     for same in (group for group in alike.values() if len(group) > 1):
-        values = {
-            name: [row.config.get(name) for row in same] for name in sorted({n for row in same for n in row.config})
-        }
-        values = {name: found for name, found in values.items() if any(x != found[0] for x in found)}
-        for i, row in enumerate(same):
-            own = {name: " ".join(map(str, x)) if isinstance(x := v[i], list) else x for name, v in values.items()}
-            row.note = ", ".join(f"{name} {x}" for name, x in own.items()) or next(iter(row.seeds.values()))[0][:8]
+        names = sorted({name for row in same for name in row.config})
+        names = [name for name in names if any(row.config.get(name) != same[0].config.get(name) for row in same)]
+        for row in same:
+            values = [x if isinstance(x := row.config.get(name), list) else [x] for name in names]
+            texts = [" ".join(map(str, [name, *value])) for name, value in zip(names, values)]
+            row.note = ", ".join(texts) or next(iter(row.seeds.values()))[0][:8]
 
 
 # Rows to tables.
@@ -210,21 +200,15 @@ def tables(rows: list[Entry], settings: dict, with_paper: bool) -> list[str]:
     for data in dict.fromkeys(row.data for row in rows + theirs):
         bases = list(dict.fromkeys(row.base for row in rows + theirs if row.data == data))
         unknown = [base for base in bases if with_paper and (data, base) not in {(x.data, x.base) for x in theirs}]
+        models = [[row for row in x if (row.data, row.base) == (data, base)] for base in bases for x in (rows, theirs)]
         for kind, (columns, numbers) in KINDS.items():
-            groups = [
-                [row for row in x if (row.data, row.base) == (data, base)] for base in bases for x in (rows, theirs)
-            ]
-            body = [line for group in groups for line in block(group, columns, numbers.get(data)) if group]
+            body = [line for model in models for line in block(model, columns, numbers.get(data))]
             heads = [column.removesuffix(" acc_norm") for column in columns]
             notes = ["Choices compared per character."]
             if numbers:
                 heads, notes = [{"ARC-C": "ARC-C†"}.get(column, column) for column in columns[:-1]] + ["Avg."], [note]
-            if kind == "benchmarks":
-                notes += [
-                    "† acc, as in the other columns; the paper does not say whether its ARC-C is acc or acc_norm."
-                ]
-            if numbers and unknown:
-                notes += [f"The paper has no rows for {', '.join(unknown)} on {data}."]
+            notes += [f"† acc, as in the other columns; {UNSAID}."] * (kind == "benchmarks")
+            notes += [f"The paper has no rows for {', '.join(unknown)} on {data}."] * bool(numbers and unknown)
             title = f"{data}: {kind}" + (f" (the paper's Table {numbers[data]})" if data in numbers else "")
             out += markdown(title, ["Model", "Method", "Seeds"], heads, body, notes)
     return out + table_3(rows, theirs)
@@ -236,10 +220,9 @@ def block(rows: list[Entry], columns: tuple[str, ...], table: int | None) -> lis
     means = [{round(x[0], 2) for x in column if x} for column in zip(*numbers)]
     best = [max(column) if len(column) > 1 else None for column in means]
     for row, line in zip(rows, numbers):
-        cells = [(row.cell(x, table), x and round(x[0], 2) == highest) for x, highest in zip(line, best)]
-        out.append(
-            ([row.base, row.label, str(len(row.seeds))], [f"**{text}**" if bold else text for text, bold in cells])
-        )
+        bold = ["**" if x and round(x[0], 2) == highest else "" for x, highest in zip(line, best)]
+        cells = [f"{stars}{row.cell(x, table)}{stars}" for x, stars in zip(line, bold)]
+        out.append(([row.base, row.label, str(len(row.seeds))], cells))
     return out
 
 
@@ -289,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         if not args.results and not args.paper:
-            raise ValueError("no results given; `python -m eval` writes them; --paper alone prints the paper's tables")
+            raise ValueError("no results given; `python -m eval` writes them, and --paper alone needs none")
         found = tables(*entries([Path(path) for path in args.results]), args.paper)
         if not found:
             raise ValueError(f"{args.results[0]}: no task in it that the tables have")

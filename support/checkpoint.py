@@ -54,9 +54,16 @@ def finished(cfg, out: Path) -> bool:
     if not out.exists() or all(path.name in ("cache", "lock") for path in out.iterdir()):
         return False
     about = read_json(out / "config.json") if (out / "config.json").is_file() else {}
-    if not about.keys() >= {"config", "versions", "git_commit"} or "scope" not in about["config"]:
+    before = about.get("config")
+    if (
+        not about.keys() >= {"config", "versions", "git_commit"}
+        or not isinstance(before, dict)
+        or "scope" not in before
+    ):
         raise ValueError(f"{out}: not empty, and not a run of this program; choose another --out")
-    was, now = training(about["config"]), training(asdict(cfg))
+    if not (out / "checkpoints").exists() and not ((log := out / "metrics.jsonl").exists() and log.stat().st_size):
+        return False  # a run that failed before its first step: the folder is free
+    was, now = training(before), training(asdict(cfg))
     if changed := [name for name in now if was.get(name) != now[name]]:
         names, name = ", ".join(changed[:3]) + ", …" * (len(changed) > 3), changed[0]
         difference = f"{name} {was.get(name)}, now {now[name]}"
@@ -95,7 +102,7 @@ def lock_run_folder(cfg, locks: list) -> Path:
     except BlockingIOError:
         raise ValueError(f"{out}: another run is at work in it; choose another --out") from None
     finished(cfg, out)  # another run may have taken it in the meantime
-    if not (out / "config.json").is_file():
+    if not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:  # before the first step
         libraries = {name: version(name) for name in ("torch", "safetensors", "tokenizers", "numpy")}
         versions = {"python": sys.version.split()[0], **libraries}
         write_json(out / "config.json", {"config": asdict(cfg), "versions": versions, "git_commit": git_commit()})
@@ -155,9 +162,13 @@ def save(out: Path, step: int, model: Llama, optimizer: torch.optim.Optimizer, k
         checksums = ranks.together(lambda: {name: crc32(part / name) for name in mine})
         ranks.first(finish)
     except FAULTS as e:
-        kept = max((str(path) for path in folder.glob("step-??????")), default="none")
-        fault = f"cannot be written ({reason(e)}); is the disk full? The last checkpoint: {kept}"
+        fault = f"cannot be written ({reason(e)}); is the disk full? The last checkpoint: {newest(out)}"
         raise everywhere(OSError(f"{part}: {fault}")) from e
+
+
+def newest(out: str | Path) -> str:
+    """Where to resume from, for messages."""
+    return max((str(path) for path in (Path(out) / "checkpoints").glob("step-??????")), default="none")
 
 
 def crc32(path: Path) -> int:

@@ -19,20 +19,20 @@ def named(name: str, ours: dict[str, Callable], flag: str) -> Callable:
         raise ValueError(f"{flag} {name}: expected one of {', '.join(ours)}, or FILE.py:NAME")
     if not Path(file).is_file():
         raise ValueError(f"{flag} {name}: no such file {file}")
-    found = getattr(module(Path(file).resolve(), flag), attribute, None)
+    if Path(file).suffix != ".py":
+        raise ValueError(f"{flag} {name}: not a Python file (its name must end in .py)")
+    try:
+        found = getattr(module(Path(file).resolve()), attribute, None)
+    except Exception as e:  # any: it is somebody's program
+        raise ValueError(f"{flag} {name}: {type(e).__name__} while it was imported ({e})") from e
     if not callable(found):
         raise ValueError(f"{flag} {name}: {file} has no function {attribute}")
     return found
 
 
 @cache
-def module(path: Path, flag: str):
+def module(path: Path):
     spec = importlib.util.spec_from_file_location(f"user file {path}", path)
-    if spec is None:
-        raise ValueError(f"{flag} {path}: not a Python file (its name must end in .py)")
     made = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(made)
-    except Exception as e:  # any: it is somebody's program
-        raise ValueError(f"{flag} {path}: {type(e).__name__} while it was imported ({e})") from e
+    spec.loader.exec_module(made)
     return made

@@ -1,6 +1,7 @@
 """The processes that torchrun started: how they share, wait and fail together; and how a command ends."""
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ class Ranks:
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=STEP)
             self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self.barrier = dist.new_group(backend="gloo", timeout=STEP)  # whose limit holds for all ranks but the first
         except RuntimeError as e:
             again = "; a restart needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
             again = again if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else ""
@@ -92,7 +94,7 @@ class Ranks:
         def reduce(t: Tensor) -> Tensor:
             nonlocal met
             if not met:
-                dist.monitored_barrier(self.patient, STEP, wait_all_ranks=True)
+                dist.monitored_barrier(self.barrier, 0.9 * STEP, wait_all_ranks=True)  # before the others give up
                 met = True
             return self.sum(t)
 
@@ -116,7 +118,9 @@ def everywhere(e: Exception) -> Exception:
 
 
 def first_line(e: BaseException) -> str:
-    return (str(e).strip() or repr(e)).splitlines()[0][:300]
+    """Of its message, without the line of gloo's source that raised it and gloo's guess of a cause."""
+    line = (str(e).strip() or repr(e)).splitlines()[0]
+    return re.sub(r"^\[\S+\.cc:\d+\] ", "", line).split(". This is typically")[0][:300]
 
 
 def collective_failed(e: BaseException) -> bool:

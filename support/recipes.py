@@ -38,7 +38,7 @@ SFT = dict(grouper="none", objective="cross_entropy", lam_max=0.0)
 
 def go(grouper: str, eta: float, lam_min: float | None = None) -> dict:
     """SFT-GO with λ = 0.9, or decaying from there to lam_min."""
-    return dict(grouper=grouper, eta=(eta,), objective="sft_go", lam_max=0.9, lam_min=lam_min)
+    return dict(grouper=grouper, eta=(eta,), lam_max=0.9, lam_min=lam_min)
 
 
 def rho1(eta: float) -> dict:
@@ -95,7 +95,7 @@ def table() -> str:
             else f"{r['lam_max']:g}" + (f" → {r['lam_min']:g}" if r.get("lam_min") else "")
         )
         eta, lam = ("", "") if r["grouper"] == "none" else (f"{r['eta'][0]:.2f}", lam)
-        method = (r["grouper"], eta, lam, r["objective"])
+        method = (r["grouper"], eta, lam, r.get("objective", "sft_go"))
         rows.append(
             (name, r["model"], *method, str(r["epochs"]), str(r["batch_size"]), f"{r['lr']:g}", NOTES.get(name, ""))
         )

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ def lines(path: Path) -> list[dict]:
         return [json.loads(line) for line in f]
 
 
+@cache
 def hub_rows() -> dict[str, list[dict]]:
     """Each split with the fields that the Hub's copy has, from the released files: read here, not by eval's readers."""
     mc = json.loads((DATA / "truthfulqa" / "mc_task.json").read_text(encoding="utf-8"))
@@ -34,8 +36,8 @@ def hub_rows() -> dict[str, list[dict]]:
         begun, mark, fragment = row["ctx"].rpartition(". ")
         if not mark or row["ctx"].endswith((".", "!", "?")):
             begun, fragment = row["ctx"], ""
-        return {"activity_label": row["activity_label"], "ctx_a": begun + mark.strip() * bool(fragment), "ctx_b": fragment,
-                "endings": row["endings"], "label": str(row["label"])}  # fmt: skip
+        context = {"ctx_a": begun + mark.strip() * bool(fragment), "ctx_b": fragment}
+        return {name: row[name] for name in ("activity_label", "endings")} | context | {"label": str(row["label"])}
 
     def parted(row: dict, name: str) -> list[str]:
         return [answer.strip() for answer in row[name].split(";") if answer.strip()]
@@ -49,7 +51,10 @@ def hub_rows() -> dict[str, list[dict]]:
         "hellaswag": [halves(row) for row in lines(DATA / "hellaswag" / "hellaswag_val.jsonl.gz")],
         "truthfulqa_mc": [
             {"question": row["question"]}
-            | {name: {"choices": list(row[name]), "labels": list(row[name].values())} for name in ("mc1_targets", "mc2_targets")}
+            | {
+                name: {"choices": list(row[name]), "labels": list(row[name].values())}
+                for name in ("mc1_targets", "mc2_targets")
+            }
             for row in mc
         ],
         "truthfulqa_gen": [
@@ -66,12 +71,16 @@ def hub_rows() -> dict[str, list[dict]]:
 
 
 def harness_tasks(folder: Path, names: list[str], limit: int) -> list[str]:
-    """Task files that include the packaged ones and read the first `limit` rows of local files; of MMLU, four subjects."""
+    """Task files that include the packaged ones, over the first `limit` rows of local files; of MMLU, four subjects."""
     import lm_eval
 
     rows, tasks = hub_rows(), Path(lm_eval.__file__).parent / "tasks"
-    split = {"ifeval": "train"} | dict.fromkeys(("hellaswag", "truthfulqa_mc1", "truthfulqa_mc2", "truthfulqa_gen"), "validation")
-    where = {"arc_challenge": "arc"} | dict.fromkeys(("truthfulqa_mc1", "truthfulqa_mc2", "truthfulqa_gen"), "truthfulqa")
+    split = {"ifeval": "train"} | dict.fromkeys(
+        ("hellaswag", "truthfulqa_mc1", "truthfulqa_mc2", "truthfulqa_gen"), "validation"
+    )
+    where = {"arc_challenge": "arc"} | dict.fromkeys(
+        ("truthfulqa_mc1", "truthfulqa_mc2", "truthfulqa_gen"), "truthfulqa"
+    )
 
     def file(name: str, found: list[dict]) -> str:
         path = folder / f"{name}.jsonl"
@@ -90,7 +99,9 @@ def harness_tasks(folder: Path, names: list[str], limit: int) -> list[str]:
             for subject in SUBJECTS:
                 mine, dev = ([row for row in rows[key] if row["subject"] == subject] for key in ("mmlu", "mmlu_dev"))
                 files = {"test": file(f"{name}_{subject}", mine[:limit]), "dev": file(f"{name}_{subject}_dev", dev)}
-                changes = {"dataset_kwargs": {"data_files": files}} | ({"num_fewshot": 5} if name == "mmlu_5shot" else {})
+                changes = {"dataset_kwargs": {"data_files": files}} | (
+                    {"num_fewshot": 5} if name == "mmlu_5shot" else {}
+                )
                 out.append(task(f"{name}_{subject}", tasks / "mmlu" / "default" / f"mmlu_{subject}.yaml", changes))
         else:
             part = split.get(name, "test")

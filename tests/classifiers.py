@@ -1,4 +1,4 @@
-"""Stand-ins for the two published LLMLingua-2 classifiers: their architectures and kinds of tokenizer, random weights."""
+"""Stand-ins for the two published LLMLingua-2 classifiers: their architectures and tokenizers, random weights."""
 
 import json
 from collections import Counter
@@ -16,8 +16,10 @@ SHAPES = {  # of the published ones
 }
 
 
-def classifier_folder(parent: str | Path, kind: str, texts: list[str], vocab_size: int = 400, shape: dict = TINY, seed: int = 0) -> Path:
-    """Write a classifier of `kind` (MBERT or XLMR) with a tokenizer trained on `texts`; its weights are drawn from `seed`."""
+def classifier_folder(
+    parent: str | Path, kind: str, texts: list[str], vocab_size: int = 400, shape: dict = TINY, seed: int = 0
+) -> Path:
+    """Write a classifier of `kind` (MBERT or XLMR), its tokenizer trained on `texts`, its weights drawn from `seed`."""
     folder = Path(parent) / kind
     folder.mkdir(parents=True)
     tokenizer, special = (word_piece if kind == MBERT else sentence_piece)(texts, vocab_size)
@@ -39,12 +41,13 @@ def classifier_folder(parent: str | Path, kind: str, texts: list[str], vocab_siz
 
 def word_piece(texts: list[str], vocab_size: int) -> tuple[Tokenizer, dict]:
     """As in bert-base-multilingual-cased."""
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     split = pre_tokenizers.BertPreTokenizer()
     words = Counter(word for text in texts for word, _ in split.pre_tokenize_str(text))
     characters = sorted({character for word in words for character in word})
     pieces = [*special.values(), *characters, *(f"##{character}" for character in characters)]
-    pieces += sorted(words.keys() - {*pieces}, key=lambda word: (-words[word], word))[: vocab_size - len(pieces)]  # the trainer's differ
+    frequent = sorted(words.keys() - {*pieces}, key=lambda word: (-words[word], word))
+    pieces += frequent[: vocab_size - len(pieces)]  # the library's trainer would choose by a hash's order
     tokenizer = Tokenizer(models.WordPiece(dict(zip(pieces, range(len(pieces)))), unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
     tokenizer.pre_tokenizer = split
@@ -56,9 +59,11 @@ def sentence_piece(texts: list[str], vocab_size: int) -> tuple[Tokenizer, dict]:
     """As in xlm-roberta."""
     special = {"cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>", "unk_token": "<unk>"}
     tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
+    one_space = normalizers.Replace(Regex(" {2,}"), " ")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC(), one_space])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
-    trainer = trainers.UnigramTrainer(vocab_size=vocab_size, special_tokens=[*special.values()], unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    how = dict(special_tokens=[*special.values()], unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(texts, trainers.UnigramTrainer(vocab_size=vocab_size, **how))
     tokenizer.add_special_tokens(["<mask>"])
-    return tokenizer, {"tokenizer_class": "XLMRobertaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "mask_token": "<mask>", **special}
+    special |= {"bos_token": "<s>", "eos_token": "</s>", "mask_token": "<mask>"}
+    return tokenizer, {"tokenizer_class": "XLMRobertaTokenizer", **special}

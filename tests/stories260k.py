@@ -1,6 +1,6 @@
 """stories260K (karpathy/llama2.c) as a folder in the published layout: a really pretrained Llama for tests.
 
-The .bin layout and where the files come from are described beside them, in `weights/stories260K/README.md` of the shared data.
+The .bin layout and where the files come from are described in `weights/stories260K/README.md` of the shared data.
 """
 
 import json
@@ -17,8 +17,11 @@ SHARED = Path(os.environ.get("SFTGO_SHARED", Path(__file__).parents[2] / "shared
 SOURCE = SHARED / "weights" / "stories260K"
 
 # What llama2.c's own test expects of a greedy run of 200 steps.
-PINNED = """Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. She wanted to play with it, but it was too high.
-Lily's mom said, "Lily, let's go to the park." Lily was sad and didn't know what to do. She said, "I want to play with your ball, but I can't find it."
+PINNED = """\
+Once upon a time, there was a little girl named Lily. She loved to play outside in the park. \
+One day, she saw a big, red ball. She wanted to play with it, but it was too high.
+Lily's mom said, "Lily, let's go to the park." Lily was sad and didn't know what to do. \
+She said, "I want to play with your ball, but I can't find it."
 Lily was sad and didn't know what to do. She said, "I'm sorry, Lily. I didn't know what to do."
 Lily didn't want to help her mom, so she"""
 
@@ -92,7 +95,7 @@ def decode(ids: list[int]) -> str:
 
 
 def stories_folder(folder: Path) -> Path:
-    """The model with tok512.bin as a tokenizer.json of SentencePiece's kind: pieces begin with ▁, bytes for what is unknown, a BOS."""
+    """The model with tok512.bin as a SentencePiece-like tokenizer.json: words begin with ▁, unknown text is bytes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
     convert(folder)
@@ -103,14 +106,17 @@ def stories_folder(folder: Path) -> Path:
         at += 8 + size
     pieces[:259] = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     vocab = {piece: i for i, piece in enumerate(pieces)}
-    merges = [(p[:k], p[k:]) for p in pieces[259:] for k in range(1, len(p)) if p[:k] in vocab and p[k:] in vocab]  # best scores first
+    cuts = [(piece[:k], piece[k:]) for piece in pieces[259:] for k in range(1, len(piece))]  # best scores first
+    merges = [(left, right) for left, right in cuts if left in vocab and right in vocab]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    spaces, strip = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), strip])
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<unk>", "<s>", "</s>")])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 1)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
     return folder

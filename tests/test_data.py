@@ -414,6 +414,22 @@ def test_micro_batches_hold_each_sample_once_with_targets_and_scores_shifted_tog
 
 
 @pytest.mark.fast
+def test_the_nats_of_a_batch_are_cross_entropy_where_it_is_trained_on_and_0_elsewhere(corpus_of, tokenizer):
+    corpus = corpus_of([{"prompt": "Why?", "completion": "Rain " * n} for n in (1, 4, 2)])
+    (batch,) = micro_batches(corpus, unscored(corpus), np.arange(3), 1000)
+    model = Llama.from_pretrained(tokenizer.folder, seed=1)
+    nll = batch.nll(model)
+    logits = model.lm_head(model(batch.tokens, batch.layout))[0]
+    full = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
+    torch.testing.assert_close(nll, full * batch.loss_mask)
+    assert not nll[~batch.loss_mask].any() and nll.shape == batch.targets.shape
+    blank = micro_batches(corpus, unscored(corpus), np.arange(1), 1000, rank=1, ranks=2)[0]
+    empty = blank.nll(model)
+    empty.sum().backward()
+    assert not empty.any() and all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_the_ranks_of_a_step_share_its_samples_and_have_equally_many_rows(corpus_of, ranks):
     rows = [{"prompt": "Why?", "completion": "word " * (1 + 7 * n % 23)} for n in range(13)]
@@ -472,7 +488,7 @@ BAD = {  # the file, what is said of it, and perhaps --template and --context
     "field name of two lines": (b'{"a\\nb": 1}', "; expected conversations"),
     "turns that are numbers": (
         b'{"conversations": [1, 2]}',
-        r":1: conversations\[0\] is 1, expected an object with a role",
+        r":1: conversations\[0\] is 1, expected a role",
     ),
     "no turns": (b'{"conversations": []}', r"conversations is \[\], expected a list"),
     "turns as a string": (b'{"messages": "Hi"}', 'messages is "Hi", expected a list'),
@@ -480,15 +496,15 @@ BAD = {  # the file, what is said of it, and perhaps --template and --context
     "text a list": (b'{"text": ["a"]}', "text is list"),
     "no role": (
         b'{"messages": [{"content": "a"}]}',
-        r'messages\[0\] is \{"content": "a"\}, expected an object with a role .* and a content',
+        r'messages\[0\] is \{"content": "a"\}, expected a role: human',
     ),
     "unknown role": (
         b'{"conversations": [{"from": "x", "value": "a"}]}',
-        r"conversations\[0\] is .* expected an object with a role",
+        r"conversations\[0\] is .* expected a role",
     ),
     "role a list": (
         b'{"messages": [{"role": ["user"], "content": "a"}]}',
-        r"messages\[0\] is .* expected an object with a role",
+        r"messages\[0\] is .* expected a role",
     ),
     "content a list": (b'{"messages": [{"role": "user", "content": []}]}', r"messages\[0\]\.content is list"),
     "two kinds": (
@@ -497,7 +513,7 @@ BAD = {  # the file, what is said of it, and perhaps --template and --context
     ),
     "all empty": (b'{"prompt": "Hi", "completion": ""}\n' * 3, "none of 3 rows is usable .*3 dropped: empty response"),
     "all unanswered": (b'{"conversations": ["Hi"]}', "none of 1 rows is usable .*1 dropped: no response"),
-    "all cut away": (ROW, "none of 1 rows is usable .*1 dropped: response cut away.* --context 4 tokens", "auto", 4),
+    "all cut away": (ROW, "none of 1 rows is usable .*1 dropped: response cut away.*within --context", "auto", 4),
     "text to a dialogue's template": (
         b'{"text": "a"}',
         ":1: a row of text does not fit --template plain; use --template text",
@@ -506,7 +522,7 @@ BAD = {  # the file, what is said of it, and perhaps --template and --context
     "dialogue as text": (ROW, ":1: a row of dialogue does not fit --template text; use --template plain", "text"),
     "two turns to alpaca": (
         ROW + b'{"conversations": ["a", "b", "c", "d"]}',
-        ":2: .* alpaca holds one .* use --template plain",
+        ":2: .* not one instruction and one answer; use --template plain",
         "alpaca",
     ),
 }

@@ -63,14 +63,22 @@ class Hub(BaseHTTPRequestHandler):
         self.asked.append(f"{self.command} {path}")
         for name, files in self.files.items():
             if path.startswith(f"/api/datasets/{name}/tree/"):
-                listing = [{"type": "file", "path": file, "size": len(data), "oid": SHA} for file, data in files.items()]
+                listing = [
+                    {"type": "file", "path": file, "size": len(data), "oid": SHA} for file, data in files.items()
+                ]
                 return self.respond(json.dumps(listing).encode())
             if path.startswith(f"/api/datasets/{name}"):
-                about = {"id": name, "sha": SHA, "siblings": [{"rfilename": file} for file in [*files, "README.md", "train-0.parquet"]]}
+                about = {
+                    "id": name,
+                    "sha": SHA,
+                    "siblings": [{"rfilename": file} for file in [*files, "README.md", "train-0.parquet"]],
+                }
                 return self.respond(json.dumps(about).encode())
             for file, data in files.items():
                 if path == f"/datasets/{name}/resolve/{SHA}/{file}":
-                    return self.respond(data, "application/octet-stream", ETag=f'"{zlib.crc32(data):x}"', X_Repo_Commit=SHA)
+                    return self.respond(
+                        data, "application/octet-stream", ETag=f'"{zlib.crc32(data):x}"', X_Repo_Commit=SHA
+                    )
         return self.respond(b'{"error": "Repository not found"}', status=404, X_Error_Code="RepoNotFound")
 
     do_HEAD = do_GET
@@ -91,7 +99,12 @@ def hub():
 
 
 def fetch(endpoint: str, cwd: Path, *flags: str) -> subprocess.CompletedProcess:
-    env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(cwd / "hf"), "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    env = os.environ | {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(cwd / "hf"),
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
     env |= {"HF_HUB_DISABLE_XET": "1", "NLTK_DATA": str(SHARED / "nltk_data")}
     env.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, "-m", "eval.download", *flags]
@@ -115,7 +128,9 @@ def test_every_benchmark_is_fetched_counted_and_read_like_the_released_files(hub
 
 @needs_data
 def test_prompts_that_are_answered_in_words_are_read_alike_too(hub, tmp_path):
-    pytest.importorskip("lm_eval", reason="IFEval's checks are the lm-evaluation-harness's: pip install -e \".[harness]\"")
+    pytest.importorskip(
+        "lm_eval", reason="IFEval's checks are the lm-evaluation-harness's: pip install -e \".[harness]\""
+    )
     assert fetch(hub, tmp_path, "--tasks", "truthfulqa_gen,ifeval", "--to", "d").returncode == 0
     os.environ.setdefault("NLTK_DATA", str(SHARED / "nltk_data"))
     for name in ("truthfulqa_gen", "ifeval"):
@@ -132,14 +147,19 @@ def test_a_copy_cut_short_is_refused_and_the_others_are_fetched(hub, tmp_path):
         done = fetch(hub, tmp_path, "--tasks", "openbookqa,arc_challenge")
     finally:
         Hub.files["allenai/openbookqa"] = whole
-    assert done.returncode == 1 and "400 rows, but the benchmark has 500" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1 and "400 rows, but the benchmark has 500" in done.stderr and "Traceback" not in done.stderr
+    )
     assert "arc_challenge   1,172 rows fetched" in done.stdout
 
 
 def test_without_network_one_message_says_what_to_fetch_and_where_to_put_it(tmp_path):
     done = fetch("http://127.0.0.1:9", tmp_path, "--tasks", "hellaswag", "--to", "d")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert 'hf download Rowan/hellaswag --repo-type dataset --include "data/validation-*.parquet" --local-dir d/hellaswag' in done.stderr
+    assert (
+        'hf download Rowan/hellaswag --repo-type dataset --include "data/validation-*.parquet" --local-dir d/hellaswag'
+        in done.stderr
+    )
     assert done.stderr.strip().split("\n")[2:] == ["or put the released hellaswag_val.jsonl (or .gz) into d/hellaswag"]
 
 

@@ -142,14 +142,13 @@ def test_no_grouper_reads_or_moves_a_global_random_state():
 
 
 @pytest.mark.fast
-def test_every_grouper_that_scores_once_can_label():
+def test_every_grouper_without_a_model_scores_each_token_before_the_first_step():
     corpus = corpus_of(sentence(1, 2, 3), sentence(1, 4, 4))
-    for name in groupers.ONCE:
-        scores = groupers.ONCE[name](corpus, 0)
+    for name in {*groupers.NAMES} - {"llmlingua2", "rho1"}:
+        scores = cheap(name, corpus, 0)
         assert scores.dtype == np.float32 and scores.shape == corpus.ids.shape
-        assert np.isneginf(scores[~groupers.judgeable(corpus)]).all()
-        assert groups(name, corpus, 0.5).any() == (name != "none")
-    assert {*groupers.NAMES} == {*groupers.ONCE, "llmlingua2", *groupers.IN_STEP}
+        assert np.isneginf(scores[(corpus.kind == TEMPLATE) | (corpus.kind == END)]).all()
+        assert groups(name, corpus, 0.5).any() == (name in groupers.ONCE), "of none and loss, no token is important yet"
 
 
 # In a step: labels from a batch.

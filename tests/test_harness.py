@@ -1,4 +1,4 @@
-"""Against the lm-evaluation-harness itself, on real rows: likelihoods, greedy flags, metrics, generations and what they score."""
+"""Against the lm-evaluation-harness itself, on real rows: likelihoods, greedy flags, metrics, generations."""
 
 import json
 import math
@@ -11,19 +11,19 @@ import torch
 from benchmarks import DATA, SUBJECTS, harness_tasks, hub_rows, needs_data
 from stories260k import SHARED, SOURCE, stories_folder
 
-from data import Tokenizer
 from eval.benchmarks import BENCHMARKS
 from eval.generate import end_tokens, respond
 from eval.score import Encoder, by_task, score
 from model import Llama
-from recipes import DEMO
+from published.tokenizer import Tokenizer
+from support.recipes import DEMO
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
 os.environ.setdefault("NLTK_DATA", str(SHARED / "nltk_data"))
 lm_eval = pytest.importorskip("lm_eval", reason='compares with the lm-evaluation-harness: pip install -e ".[peers]"')
 pytestmark = needs_data
 
-ROWS = 60
+ROWS = 20
 TASKS = ["mathqa", "arc_challenge", "openbookqa", "hellaswag", "truthfulqa_mc1", "truthfulqa_mc2"]
 OURS = {"truthfulqa_mc1": "truthfulqa_mc", "truthfulqa_mc2": "truthfulqa_mc"}
 
@@ -37,7 +37,7 @@ def model_folder(name: str, tmp_path_factory):
     return stories_folder(tmp_path_factory.mktemp("stories"))
 
 
-@pytest.fixture(scope="module", params=[("demo", "never"), ("demo", "always"), ("stories", "auto")], ids="-".join)
+@pytest.fixture(scope="module", params=[("demo", "never"), ("stories", "auto")], ids="-".join)
 def setting(request, tmp_path_factory):
     """(folder, --bos, the harness's own model)"""
     from lm_eval.models.huggingface import HFLM
@@ -52,11 +52,17 @@ def setting(request, tmp_path_factory):
 
 
 def run_harness(lm, tasks: list[str]) -> dict:
-    return lm_eval.simple_evaluate(lm, tasks=tasks, log_samples=True, bootstrap_iters=2)
+    """The tasks are files: the harness need not look through its own thousands, nor ask pip about this machine."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_defaults=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+        return lm_eval.simple_evaluate(lm, tasks=tasks, log_samples=True, bootstrap_iters=2, task_manager=manager)
 
 
 def compare(folder, bos: str, names: list[str], found: dict) -> None:
-    """Every item of the harness's samples against ours: prompts, choices, sums, greedy flags, metrics, and the tasks' means."""
+    """Every item of the harness's samples against ours: prompts, choices, sums, greedy flags, metrics; tasks' means."""
     model = Llama.from_pretrained(folder)
     encoder = Encoder(Tokenizer(folder, model.cfg.vocab_size), bos)
     for name in names:
@@ -73,7 +79,11 @@ def compare(folder, bos: str, names: list[str], found: dict) -> None:
             assert np.abs(np.array(values) - ours["loglikelihoods"]).max() < 1e-3, (name, item.doc_id)
             assert list(greedy) == ours["greedy"]
             for metric, value in ours["metrics"].items():
-                assert sample[metric] == pytest.approx(value, abs=1e-4), (name, item.doc_id, metric)  # MC2's is not 0 or 1
+                assert sample[metric] == pytest.approx(value, abs=1e-4), (
+                    name,
+                    item.doc_id,
+                    metric,
+                )  # MC2's is not 0 or 1
         for task, rows in by_task(items, scored).items():
             means = found["results"][task]
             summary = BENCHMARKS["arc_challenge"].summarize({task: rows})
@@ -89,10 +99,11 @@ def test_every_likelihood_task_scores_each_item_as_the_harness_does(setting, tmp
     compare(folder, bos, names, run_harness(theirs, tasks))
 
 
-@pytest.mark.parametrize("setting", [("demo", "never"), ("stories", "auto")], ids="-".join, indirect=True)
 def test_five_shots_score_as_the_harness_does(setting, tmp_path):
     folder, bos, theirs = setting
-    compare(folder, bos, ["mmlu_5shot"], run_harness(theirs, harness_tasks(tmp_path, ["mmlu_5shot"], ROWS // len(SUBJECTS))))
+    compare(
+        folder, bos, ["mmlu_5shot"], run_harness(theirs, harness_tasks(tmp_path, ["mmlu_5shot"], ROWS // len(SUBJECTS)))
+    )
 
 
 def test_the_adapter_gives_the_harness_the_same_numbers(tmp_path):
@@ -162,12 +173,18 @@ def test_rolling_likelihoods_and_generation_are_the_harness_s(setting):
     texts = [Asked("Once upon a time there was a little girl."), Asked("The sea is salt. " * 120), Asked("é")]
     assert ours.loglikelihood_rolling(texts) == pytest.approx(theirs.loglikelihood_rolling(texts), abs=5e-3)
     how = {"until": ["\n\n", "."], "do_sample": False, "max_gen_toks": 24}
-    asked = [Asked(text, how) for text in ("Once upon a time", "Q: Why is the sea salt?", "One day, a bird", "a " * 900)]
+    asked = [
+        Asked(text, how) for text in ("Once upon a time", "Q: Why is the sea salt?", "One day, a bird", "a " * 900)
+    ]
     asked += [Asked("The cat sat", {"until": [], "max_gen_toks": 40})]
     assert ours.generate_until(asked) == theirs.generate_until(asked)
     how = {"do_sample": False, "temperature": 1, "max_completion_tokens": 5, "top_p": 0.9}
     assert ours.generate_until([Asked("The cat sat", how)]) == theirs.generate_until([Asked("The cat sat", how)])
-    for how, said in (({"do_sample": True}, "sampling"), ({"temperature": 0.7}, "sampling"), ({"num_beams": 4}, "asks for num_beams")):
+    for how, said in (
+        ({"do_sample": True}, "sampling"),
+        ({"temperature": 0.7}, "sampling"),
+        ({"num_beams": 4}, "asks for num_beams"),
+    ):
         with pytest.raises(ValueError, match=said):
             ours.generate_until([Asked("x", how)])
 
@@ -198,27 +215,29 @@ def test_truthfulqa_answers_get_the_harness_s_scores(tmp_path):
     ]
     for row, prompt, text in zip(rows, prompts, texts, strict=False):
         expected = process_results_gen(row | preprocess_function(row), [text])
-        assert prompt.judge(text) == pytest.approx({name: float(value) for name, value in expected.items()}, abs=1e-9), (row, text)
+        assert prompt.judge(text) == pytest.approx(
+            {name: float(value) for name, value in expected.items()}, abs=1e-9
+        ), (row, text)
 
 
 def test_ifeval_responses_get_the_harness_s_verdicts():
     from lm_eval.tasks.ifeval.utils import process_results
 
-    from eval.ifeval import DRAWN
+    from eval.ifeval import UNSETTLED
 
     rows, prompts = hub_rows()["ifeval"], BENCHMARKS["ifeval"].load(DATA)
     texts = generated(["ifeval"], 40, 64)["ifeval"]
     draw = random.Random(0)
-    pieces = ["Yes, all lower case.", "ALL CAPITALS, ALL OF IT.", "* one\n* two", "*marked* **twice** <<A title>>", "P.S. more", "[name] [date]",
-              '"quoted"', "SECTION 1 x\nSECTION 2", "a\n\nb\n\nc", "***", "******", '{"a": 1}', "My answer is yes.", "Dr. Who came. He left!",
-              "", " ", "कन्नड भाषा"]  # fmt: skip
+    pieces = ["Yes, all lower case.", "ALL CAPITALS, ALL OF IT.", "* one\n* two", "*marked* **twice** <<A title>>",
+              "P.S. more", "[name] [date]", '"quoted"', "SECTION 1 x\nSECTION 2", "a\n\nb\n\nc", "***", "******",
+              '{"a": 1}', "My answer is yes.", "Dr. Who came. He left!", "", " ", "कन्नड भाषा"]  # fmt: skip
     texts += ["\n".join(draw.choices(pieces, k=draw.randint(1, 6))) for _ in range(len(rows) - len(texts))]
     texts[7] = "Certainly!\n" + rows[7]["prompt"] + "\nThanks"
     held = 0
     for row, prompt, text in zip(rows, prompts, texts, strict=True):
         verdict = prompt.judge(text)
         held += sum(verdict["inst_level_loose_acc"])
-        if row["key"] not in DRAWN:  # there the harness draws a letter at random
+        if row["key"] not in UNSETTLED:  # there the harness draws a letter at random
             assert verdict == process_results(row, [text]), (row["key"], text)
     assert 100 < held < 700, "the texts should follow some of the instructions, and not others"
 
@@ -247,10 +266,16 @@ def test_generation_tasks_ask_for_what_the_harness_asks_for(tmp_path):
     for name in ("truthfulqa_gen", "ifeval"):
         prompts = BENCHMARKS[name].load(DATA)[:24]
         for prompt, (text, how) in zip(prompts, echo.asked[name], strict=True):
-            assert (prompt.text, list(prompt.stops), prompt.max_new_tokens) == (text, how["until"], how.get("max_gen_toks", 256))
+            assert (prompt.text, list(prompt.stops), prompt.max_new_tokens) == (
+                text,
+                how["until"],
+                how.get("max_gen_toks", 256),
+            )
             assert not how["do_sample"]
         summary = BENCHMARKS[name].summarize({name: [prompt.judge(answer(prompt.text)) for prompt in prompts]})
-        theirs = {key.removesuffix(",none"): value for key, value in found["results"][name].items() if key.endswith(",none")}
+        theirs = {
+            key.removesuffix(",none"): value for key, value in found["results"][name].items() if key.endswith(",none")
+        }
         assert len(theirs) == (24 if name == "truthfulqa_gen" else 8)
         for key, value in theirs.items():
             if value != "N/A":  # of a metric that is not a mean
@@ -287,9 +312,13 @@ def test_the_command_runs_a_task_of_the_harness(tmp_path, capsys, monkeypatch):
         ]
     )
     assert "openbookqa_here" in capsys.readouterr().out
-    assert math.isfinite(json.loads((tmp_path / "new" / "r.json").read_text())["results"]["openbookqa_here"]["acc,none"])
+    assert math.isfinite(
+        json.loads((tmp_path / "new" / "r.json").read_text())["results"]["openbookqa_here"]["acc,none"]
+    )
     with pytest.raises(SystemExit, match="exists"):
-        harness.main(["--model", str(DEMO / "base"), "--tasks", "openbookqa", "--out", str(tmp_path / "new" / "r.json")])
+        harness.main(
+            ["--model", str(DEMO / "base"), "--tasks", "openbookqa", "--out", str(tmp_path / "new" / "r.json")]
+        )
     for flags, said in (
         (["--tasks", "openbokqa"], "no such task; nearest: openbookqa"),
         (["--tasks", "openbookqa", "--limit", "-3"], "--limit -3"),

@@ -9,21 +9,15 @@ VOCAB = 512
 TEXTS = [
     "Once upon a time there was a little tide pool, and the water in the pool was warm.\n\nThe end.\n\n\n",
     "User: Why is the sea salt?\n\nAssistant: Rain and rivers carry a little salt down to the sea.",
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\nName",
-    "### Response:\nThe three colours:\nred, blue and yellow.\n\n### Input:\n1 2 3 10 100 1000\n\n### Response:Yes\n\n\n",
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nName",
+    "### Response:\nThe three colours:\nred, blue and yellow.\n\n### Input:\n1 2 3 10 100 1000\n\n"
+    "### Response:Yes\n\n\n",
     "He said that it's what they'd do; she thought the other thing, which is more than they would have said of him.",
     "Every morning the old fisherman walked along the shore, where small crabs were hiding under stones and shells.",
 ]
-SHAPE = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=4096,
-)
+SHAPE = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, max_position_embeddings=4096)
+SHAPE |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
 
 
 @lru_cache
@@ -44,9 +38,9 @@ def tokenizer_json() -> str:
 
 
 def tiny_folder(path: str | Path, **config_changes) -> Path:
-    """Write config.json, tokenizer.json and tokenizer_config.json into `path`; no weights, so `Llama.from_pretrained` draws fresh ones.
+    """Write config.json, tokenizer.json and tokenizer_config.json into `path`; no weights: they are drawn from a seed.
 
-    The tokenizer is byte-level BPE with Llama 3's special tokens as its last eight of 512 ids, and adds a BOS unless told not to.
+    The tokenizer is byte-level BPE with Llama 3's special tokens as its last eight of 512 ids; by itself it adds a BOS.
     """
     path, base = Path(path), make_base()
     path.mkdir(parents=True, exist_ok=True)
