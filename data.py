@@ -5,12 +5,12 @@
                           one string, tokenized     apart     one id
       kind             TEMPLATE  PROMPT  TEMPLATE   RESPONSE   END            trained on: RESPONSE and END
 
-Prompt and template go through the tokenizer as one string, as they do when the model is used; a response is tokenized
-apart, so no token straddles the seam. Text never becomes a special token, whatever a row spells. A corpus is flat
-arrays without padding. A batch is one row of complete samples end to end, shifted by one: entry i of its targets, loss
-mask, prior and groups describes the token that position i predicts.
+The tokenizer reads prompt and template as one string, as at generation. It reads each response separately, so no token
+spans the boundary. Text never becomes a special token, even if it spells one. A corpus is flat arrays without padding.
+A batch is one row of complete samples, one after the other. Labels are shifted by one: entry i of targets, loss_mask,
+prior and group describes the token that position i predicts.
 
-T positions of a packed row, N samples.
+T positions of a packed row, N samples of a corpus, `tokens` tokens of a corpus.
 """
 
 import json
@@ -30,8 +30,8 @@ from published.rows import read_rows
 from published.tokenizer import Tokenizer
 from sftgo import token_nll
 
-TEMPLATE, PROMPT, RESPONSE, END, SPECIAL = range(5)  # of pieces; END and SPECIAL are tokens by name
-Turns = list[tuple[str, str | None]]  # (role, text); None: this turn is still to be written
+TEMPLATE, PROMPT, RESPONSE, END, SPECIAL = range(5)  # piece kinds; END and SPECIAL pieces hold a special token's name
+Turns = list[tuple[str, str | None]]  # (role, text); None: the turn that the model will generate
 Pieces = Iterator[tuple[int, str]]  # (kind, text or a token's name)
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
@@ -66,7 +66,7 @@ def parse(where: str, row: dict) -> tuple[str, Turns]:
                     out.append((("user", "assistant")[i % 2], string(turn, spot)))
                     continue
                 fields = turn if isinstance(turn, dict) else {}
-                role, key = fields.get("role", fields.get("from")), "value" if "value" in fields else "content"
+                key, role = "value" if "value" in fields else "content", fields.get("role", fields.get("from"))
                 if not isinstance(role, str) or role not in ROLES:
                     raise ValueError(f"{where}: {spot} is {json.dumps(turn)[:60]}, expected a role: {', '.join(ROLES)}")
                 out.append((ROLES[role], string(fields.get(key), f"{spot}.{key}")))
@@ -112,7 +112,7 @@ def alpaca(turns: Turns) -> Pieces:
 
 
 def llama3(turns: Turns) -> Pieces:
-    """Llama 3's headers; only for checkpoints whose rows for them are trained (`require_trained_headers`)."""
+    """Llama 3's chat format. The checkpoint must have trained header tokens; support/ checks it."""
     for role, content in with_input(turns):
         yield from [(SPECIAL, "<|start_header_id|>"), (TEMPLATE, role), (SPECIAL, "<|end_header_id|>")]
         yield TEMPLATE, "\n\n"
@@ -164,7 +164,7 @@ class Corpus:
     ids: np.ndarray  # (tokens,) int32
     kind: np.ndarray  # (tokens,) uint8, TEMPLATE, PROMPT, RESPONSE or END
     starts: np.ndarray  # (N + 1,) int64, sample i is starts[i]:starts[i + 1]
-    spans: np.ndarray | None = None  # (tokens, 2) int64, each token's characters in `text`, first and one past the last
+    spans: np.ndarray | None = None  # (tokens, 2) int64, each token's characters in `text`: text[start:stop]
     rows: np.ndarray | None = None  # (N,) int64, the row of the file that each sample is from, counted from 1
     text: str = ""  # what the tokenizer read, document after document
     template: str = "plain"
@@ -198,8 +198,8 @@ class Corpus:
 def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: int) -> Corpus:
     """Read, render, tokenize and cut at `context` tokens.
 
-    A sample is cut from its end, and an end token that is cut away stays away. Plain text is cut into pieces instead,
-    each with a BOS of its own, so that every token of it is trained on once. ValueError names file and line.
+    A sample longer than `context` loses its end, and with it its end token. Plain text is instead split into several
+    samples, each with its own BOS, so every token is trained on once. A ValueError names file and line.
     """
     counts, documents, first = Counter(), {}, None  # documents: number of the row -> its pieces
     rows = read_rows(path)
@@ -217,15 +217,15 @@ def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: 
             counts["unanswered last turns left out"] += answered < len(turns)
             documents[number] = list(render(turns[:answered]))
     whole = tokenize([*documents.values()], tokenizer)
-    # A document gives one sample, plain text as many as it takes: each is the document's BOS and a stretch after it.
+    # One document gives one sample; plain text gives several. Each sample is the BOS and one stretch of the document.
     stretches = -(-(whole.lengths - 1) // (context - 1)) if template == "text" else np.ones(len(whole), np.int64)
-    document = np.repeat(np.arange(len(whole)), stretches)  # (samples,)
-    begin = whole.starts[document] + 1 + ragged(np.zeros_like(stretches), stretches) * (context - 1)
-    size = np.minimum(whole.starts[document + 1] - begin, context - 1)
-    at, starts = ragged(begin - 1, size + 1), np.cumsum([0, *(size + 1)])
+    document = np.repeat(np.arange(len(whole)), stretches)  # (samples,) the document of each sample
+    begin = whole.starts[document] + 1 + ragged(np.zeros_like(stretches), stretches) * (context - 1)  # (samples,)
+    size = np.minimum(whole.starts[document + 1] - begin, context - 1)  # (samples,) tokens after the BOS
+    at, starts = ragged(begin - 1, size + 1), np.cumsum([0, *(size + 1)])  # (tokens,) into `whole`; (samples + 1,)
     at[starts[:-1]] = whole.starts[document]
-    spans = whole.spans[at]
-    spans[starts[:-1]] = whole.spans[begin, :1]  # a BOS is empty, at the begin of its sample
+    spans = whole.spans[at]  # (tokens, 2)
+    spans[starts[:-1]] = whole.spans[begin, :1]  # the BOS gets an empty span at the start of its sample
     corpus = Corpus(
         whole.ids[at], whole.kind[at], starts, spans, np.array([*documents])[document], whole.text, template
     )
@@ -296,18 +296,18 @@ def prompt_ids(tokenizer: Tokenizer, template: str, turns: Turns) -> list[int]:
 
 @dataclass
 class Batch:
-    """Complete samples end to end in one row; every field but `tokens` describes the token that is predicted there."""
+    """Complete samples in one row. targets, loss_mask, prior and group describe the token that a position predicts."""
 
     tokens: Tensor  # (1, T) int64, what the model reads
     targets: Tensor  # (T,) int64, the next token of the same sample
     loss_mask: Tensor  # (T,) bool, True where the target is trained on
     prior: Tensor  # (T,) float32, what the grouper computed before training: the target's score, or a reference's nats
-    doc_ids: Tensor  # (T,) int64, 0 ... samples - 1, never falling
+    doc_ids: Tensor  # (T,) int64, the sample of each position, 0 ... samples - 1, non-decreasing
     layout: Packed
     group: Tensor | None = None  # (T,) the target's group, once it is decided
 
     def nll(self, model: Llama) -> Tensor:
-        """Nats of each supervised target, 0 elsewhere, (T,); the head runs on supervised positions only."""
+        """Loss of each supervised target in nats, 0 elsewhere, (T,); the head runs on supervised positions only."""
         hidden, mask = model(self.tokens, self.layout)[0], self.loss_mask  # (T, D), (T,)
         nll = token_nll(hidden[mask], model.lm_head.weight, self.targets[mask])  # (supervised,)
         return nll.new_zeros(mask.shape).masked_scatter(mask, nll)
@@ -323,13 +323,13 @@ def epoch_order(samples: int, batch_size: int, seed: int, epoch: int, drop_last:
 
 
 def micro_batches(corpus: Corpus, prior, samples: np.ndarray, max_tokens: int, rank=0, ranks=1) -> list[Batch]:
-    """One rank's part of a step's samples, as few packed rows of at most `max_tokens` positions.
+    """One rank's part of a step: its samples in packed rows of at most `max_tokens` positions.
 
-    Every rank gets nearly as many tokens, and exactly as many rows. `prior` is (tokens,), aligned with `corpus.ids`.
+    All ranks get the same number of rows and about the same number of tokens. `prior` is (tokens,), as `corpus.ids`.
     """
-    need = corpus.lengths[samples] - 1  # positions: a sample's last token is only ever a target
+    need = corpus.lengths[samples] - 1  # (samples,) positions; a sample's last token is a target only
     dealt, load = [[] for _ in range(ranks)], np.zeros(ranks, np.int64)  # each rank's rows: [free positions, *samples]
-    for i in np.argsort(-need, kind="stable"):  # longest first, to the rank with least, into the first row it fits
+    for i in np.argsort(-need, kind="stable"):  # longest first; to the rank with the lowest load; first row with space
         rows = dealt[least := int(load.argmin())]
         load[least] += need[i]
         row = next((row for row in rows if row[0] >= need[i]), None)
@@ -356,7 +356,7 @@ def pack(corpus: Corpus, prior: np.ndarray, samples: np.ndarray) -> Batch:
 
 
 def blank(corpus: Corpus, prior: np.ndarray) -> Batch:
-    """A row without a supervised token, for a rank that has fewer rows than another and must still take part."""
+    """A row without supervised tokens: every rank must run equally many forward passes, or collectives would hang."""
     shortest = pack(corpus, prior, corpus.lengths.argmin(keepdims=True))
     return replace(shortest, loss_mask=torch.zeros_like(shortest.loss_mask))
 

@@ -1,18 +1,18 @@
-"""Which tokens are important? A score for every token, then one rule that cuts each sample in two (Eq. 1-2, §3.3).
+"""Groupers: a score for every token, then one threshold per sample that makes two groups (Eq. 1-2, §3.3).
 
-    grouper     when     score of a token, higher is more important
-    random      once     uniform, drawn from the seed: what any grouping does by itself
-    frequency   once     1 / its count in the corpus: rare is important
-    tfidf       once     its count in the sample × inverse document frequency
-    llmlingua2  once     the probability that LLMLingua-2's token classifier keeps it (support/llmlingua2.py)
-    loss        a step   its own loss under the model being trained
-    rho1        a step   that loss less the loss under a frozen reference model: the excess loss of Eq. 9
+    grouper     computed     score of a token; higher is more important
+    random      before       uniform in [0, 1): the control, a grouping without information
+    frequency   before       1 / its count in the corpus: rare tokens are important
+    tfidf       before       its count in the sample × inverse document frequency
+    llmlingua2  before       the keep probability of LLMLingua-2's token classifier (support/llmlingua2.py)
+    loss        every step   its loss under the model in training
+    rho1        every step   that loss - its loss under a frozen reference model: the excess loss of Eq. 9
 
-What a grouper computes once travels with each token as `Batch.prior`: its score or, for rho1, the reference's nats.
-Tokens that it cannot judge (template, end tokens) score -inf. Yours is a function of a corpus that returns (tokens,)
-float32: --grouper FILE.py:NAME. `python -m support.look` shows what they pick.
+`Batch.prior` carries what is computed before training: the score or, for rho1, the reference model's loss (for loss:
+unused). A score computed before training is -inf on template and end tokens. Your own grouper is a function
+(corpus, seed) -> (T,) float32 scores: --grouper FILE.py:NAME. `python -m support.look` shows the chosen tokens.
 
-T tokens of a packed row or of a whole corpus, N samples, V token ids.
+T tokens of a packed row or of a whole corpus, N samples, V largest token id + 1.
 """
 
 from collections.abc import Callable
@@ -25,16 +25,16 @@ from data import PROMPT, RESPONSE, Batch, Corpus
 
 
 def important(scores: Tensor, loss_mask: Tensor, doc_ids: Tensor, eta: float) -> Tensor:
-    """Split each sample's supervised tokens at the percentile eta of their scores.
+    """Split each sample's supervised tokens at percentile eta of their scores.
 
-    Of n supervised tokens, those that reach the k-th highest score are important, k = max(1, (1 - eta) n, rounded half
-    up). Equal scores share a group, so the real share is somewhat above 1 - eta; -inf is never important.
+    With n supervised tokens, k = max(1, (1 - eta) n rounded half up). A token is important if its score is at least the
+    sample's k-th highest score and above -inf. Ties are all important, so the share can be far above 1 - eta.
 
     Args:
         scores:    (T,) float, higher is more important.
         loss_mask: (T,) bool, True on the tokens that are trained on.
-        doc_ids:   (T,) int64, the sample of each token, 0 ... N - 1, never falling.
-        eta:       percentile in [0, 1]; 0.9 leaves the bottom 90 % unimportant.
+        doc_ids:   (T,) int64, the sample of each token, 0 ... N - 1, non-decreasing.
+        eta:       percentile in [0, 1]; 0.9 puts the bottom 90 % into the unimportant group.
 
     Returns (T,) bool, False outside `loss_mask`.
     """
@@ -47,40 +47,40 @@ def important(scores: Tensor, loss_mask: Tensor, doc_ids: Tensor, eta: float) ->
     if not len(doc):
         return torch.zeros_like(loss_mask)
     ranked = score.argsort(descending=True)
-    ranked = ranked[doc[ranked].argsort(stable=True)]  # sample by sample, from each one's highest score down
-    n = doc.bincount()  # (N,) supervised tokens
-    k = ((1 - eta) * n.double() + 0.5 + 1e-9).floor().long().clamp(min=1)  # (N,)
-    kth = (n.cumsum(0) - n + k - 1).clamp(max=len(doc) - 1)  # (N,) its place in `ranked`; unread where n = 0
+    ranked = ranked[doc[ranked].argsort(stable=True)]  # (supervised,) by sample, then by falling score
+    n = doc.bincount()  # (N,) supervised tokens of each sample
+    k = ((1 - eta) * n.double() + 0.5 + 1e-9).floor().long().clamp(min=1)  # (N,); 1e-9 corrects float error in 1 - eta
+    kth = n.cumsum(0) - n + k - 1  # (N,) index into `ranked`; where n = 0 it belongs to the next sample: not used
     threshold = score[ranked[kth]]  # (N,)
-    return loss_mask.masked_scatter(loss_mask, (score >= threshold[doc]) & (score > -torch.inf))
+    return loss_mask.masked_scatter(loss_mask, (score >= threshold[doc]) & (score > -torch.inf))  # (T,)
 
 
-# Once, over the corpus: (corpus, seed) -> (T,) float32.
+# Before training: (corpus, seed) -> (T,) float32.
 
 
 def tfidf(corpus: Corpus, seed: int = 0) -> np.ndarray:
     """tf × idf: the raw count in the sample times ln((1 + N) / (1 + samples that have the token)) + 1.
 
-    A document is a sample's prompt and response. scikit-learn's TfidfVectorizer has the same idf; its normalization of
-    each document would change no rank within it.
+    A document is the prompt and response text of one sample. The idf is that of scikit-learn's TfidfVectorizer; its
+    document normalization is left out, because it changes no rank within a document.
     """
     judged = judgeable(corpus)
-    ids, vocab = corpus.ids[judged].astype(np.int64), int(corpus.ids.max()) + 1
-    document = corpus.doc_ids[judged] * vocab
-    pairs, pair, count = np.unique(document + ids, return_inverse=True, return_counts=True)  # (sample, token id)
+    ids, vocab = corpus.ids[judged].astype(np.int64), int(corpus.ids.max()) + 1  # (judged,), V
+    keys = corpus.doc_ids[judged] * vocab + ids  # (judged,) one integer per (sample, token id)
+    pairs, pair_of, count = np.unique(keys, return_inverse=True, return_counts=True)  # (pairs,), (judged,), (pairs,)
     idf = np.log((1 + len(corpus)) / (1 + np.bincount(pairs % vocab, minlength=vocab))) + 1  # (V,)
-    return spread(judged, count[pair] * idf[ids])
+    return spread(judged, count[pair_of] * idf[ids])
 
 
 def frequency(corpus: Corpus, seed: int = 0) -> np.ndarray:
-    """1 / count over the corpus' text."""
+    """1 / the token's count in the corpus, over prompt and response text."""
     judged = judgeable(corpus)
     ids = corpus.ids[judged]
     return spread(judged, 1 / np.bincount(ids)[ids])
 
 
 def random(corpus: Corpus, seed: int = 0) -> np.ndarray:
-    """Uniform in [0, 1), from a stream of its own, not the one that orders an epoch."""
+    """Uniform in [0, 1); the seed tuple differs from the (seed, epoch) of the data order."""
     judged = judgeable(corpus)
     return spread(judged, np.random.default_rng((seed, 0, 1)).random(int(judged.sum()), np.float32))
 
@@ -91,25 +91,25 @@ def judgeable(corpus: Corpus) -> np.ndarray:
 
 
 def spread(judged: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    out = np.full(len(judged), -np.inf, np.float32)
+    out = np.full(len(judged), -np.inf, np.float32)  # (T,); `scores` is (judged,)
     out[judged] = scores
     return out
 
 
 ONCE = {"random": random, "frequency": frequency, "tfidf": tfidf}
 
-# In every step: (nll, prior) -> score, (T,) each; nll is detached.
+# Every step: (nll, prior) -> score, (T,) each; nll is detached.
 
 IN_STEP = {"loss": lambda nll, prior: nll, "rho1": lambda nll, reference_nll: nll - reference_nll}
 NAMES = ("none", *ONCE, "llmlingua2", *IN_STEP)
 
 
 def labeller(grouper: str, etas: tuple[float, ...]) -> Callable[[Tensor, Batch], Tensor]:
-    """(nll, batch) -> group, (T,) int, from the losses of the step or from what was known before."""
+    """The function (nll (T,), batch) -> group (T,) int; IN_STEP gives the scores or, without an entry, `prior` does."""
     score = IN_STEP.get(grouper, lambda nll, prior: prior)
     return lambda nll, batch: cut(score(nll, batch.prior), batch.loss_mask, batch.doc_ids, etas)
 
 
 def cut(scores: Tensor, loss_mask: Tensor, doc_ids: Tensor, etas: tuple[float, ...]) -> Tensor:
-    """How many of the percentiles `etas` a token's score reaches, (T,) int: one of them makes two groups."""
+    """Group of each token, (T,) int: how many of the percentiles `etas` its score reaches; one eta: two groups."""
     return sum(important(scores, loss_mask, doc_ids, eta).int() for eta in etas)

@@ -4,8 +4,8 @@
 
 B sequences, T positions, V vocabulary, D model width, H query heads, K key/value heads, hd head width.
 
-Parameters are float32 (or `param_dtype`); every matrix is cast to the compute dtype where it is used, and the residual
-stream runs in it; norms, rotary angles and softmax run in float32.
+Parameters are float32 (or `param_dtype`). Each matrix is cast to the compute dtype where it is used. The residual
+stream is in the compute dtype. Norms, rotary angles and softmax are computed in float32.
 """
 
 import math
@@ -51,15 +51,15 @@ class LlamaConfig:
         if self.rope_scaling is None:
             return freq
         factor, low, high = (self.rope_scaling[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
-        turns = self.rope_scaling["original_max_position_embeddings"] * freq / (2 * math.pi)  # in the first training
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # fast frequencies stay, slow ones stretch, between: blend
+        turns = self.rope_scaling["original_max_position_embeddings"] * freq / (2 * math.pi)  # in the original context
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # (hd/2,) 1: frequency unchanged, 0: divided by factor
         return keep * freq + (1 - keep) * freq / factor
 
 
 class Layout(Protocol):
-    """Where each position of a forward stands, and what it sees: the only thing that knows documents, cache or device.
+    """Position and attention mask of a forward pass: the model itself knows neither documents nor a key/value cache.
 
-    Packed rows for training are below; a key/value cache is in support/generate.py, shared beginnings in eval/.
+    Below: packed rows for training. support/generate.py: a key/value cache. eval/: shared prefixes.
     """
 
     positions: Tensor  # (B, T) int64, restarting at 0 in every document
@@ -69,7 +69,7 @@ class Layout(Protocol):
 
 
 class Packed:
-    """Documents end to end in one row. Each is computed from its own tokens: no neighbour can change a bit of it."""
+    """Documents one after the other in one row. A document's output is bitwise independent of its neighbours."""
 
     def __init__(self, lengths: list[int], device="cpu"):
         self.lengths = lengths
@@ -86,11 +86,11 @@ class Packed:
         if q.is_cuda and q.dtype != torch.float32:
             from torch.nn.attention.varlen import varlen_attn
 
-            rows, longest = (x[0].transpose(0, 1) for x in (q, k, v)), max(self.lengths)  # (T, H or K, hd)
-            how = {"enable_gqa": grouped} if "enable_gqa" in signature(varlen_attn).parameters else {}  # 2.11 has none
-            y = varlen_attn(*rows, self.ends, self.ends, longest, longest, window_size=(-1, 0), **how)
-            return y.transpose(0, 1)[None]
-        if q.is_cuda:  # float32: with enable_gqa only the kernel that holds all (T, T) scores is left
+            qkv, longest = [x[0].transpose(0, 1) for x in (q, k, v)], max(self.lengths)  # (T, H or K, hd)
+            gqa = {"enable_gqa": grouped} if "enable_gqa" in signature(varlen_attn).parameters else {}  # not in 2.11
+            y = varlen_attn(*qkv, self.ends, self.ends, longest, longest, window_size=(-1, 0), **gqa)  # (-1, 0): causal
+            return y.transpose(0, 1)[None]  # (1, H, T, hd)
+        if q.is_cuda:  # in float32, enable_gqa would select the kernel that stores all (T, T) scores
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (1, H, T, hd)
             grouped = False
         documents = zip(*(x.split(self.lengths, dim=2) for x in (q, k, v)))
@@ -99,7 +99,7 @@ class Packed:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn (B, heads, T, hd) by the angles of its positions; the two halves of a head are the pair's coordinates."""
+    """Rotary embedding of (B, heads, T, hd): pair (x_i, x_{i + hd/2}) turns by angle i of its position."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -115,7 +115,7 @@ class _CastLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
+        x, weight = ctx.saved_tensors  # (..., in), (out, in); grad is (..., out)
         return grad @ weight.to(x.dtype), (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
 
 
@@ -194,12 +194,12 @@ class Backbone(nn.Module):
 
 
 class Llama(nn.Module):
-    """Llama 3. Build with `from_pretrained`, or on `meta` and `fill` it."""
+    """Llama 3. Build it with `from_pretrained`, or on the meta device and then call `fill`."""
 
     def __init__(self, cfg: LlamaConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
         self.cfg, self.compute_dtype = cfg, compute_dtype
-        self.recompute = False  # keep only each block's input for backward, and run the block again there
+        self.recompute = False  # activation checkpointing: keep each block's input, recompute the block in backward
         self.model = Backbone(cfg)
         self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size)
         self.tie()
@@ -215,8 +215,8 @@ class Llama(nn.Module):
         cos, sin = (f(angles)[:, None].to(self.compute_dtype) for f in (torch.cos, torch.sin))  # (B, 1, T, hd/2)
         x = self.model.embed_tokens(tokens).to(self.compute_dtype)  # (B, T, D)
         for block in self.model.layers:
-            again = self.recompute and torch.is_grad_enabled()
-            x = checkpoint(block, x, cos, sin, layout, use_reentrant=False) if again else block(x, cos, sin, layout)
+            args = x, cos, sin, layout
+            x = checkpoint(block, *args, use_reentrant=False) if self.recompute else block(*args)
         return self.model.norm(x)
 
     @classmethod
@@ -236,8 +236,8 @@ class Llama(nn.Module):
     def fill(self, folder: Path, device, seed: int = 0, part: weights.Part = lambda p: (p, slice(None))) -> "Llama":
         """Give a model on `meta` its memory and its weights.
 
-        `part` says where a parameter is filled, and with which of its rows. Fresh weights are the same on every device
-        and in any parts: norms 1, matrices normal.
+        `part(p)` returns the tensor to fill for parameter p, and which rows of p it holds. Fresh weights do not depend
+        on device or parts: norms are 1, matrices are normal.
         """
         self.to_empty(device=device)
         self.tie()

@@ -1,15 +1,15 @@
-"""SFT-GO (Kim et al., arXiv 2506.15021) as code: Eq. 1-5, and the cross-entropy they are made of. Imports torch only.
+"""SFT-GO (Kim et al., arXiv 2506.15021): Eq. 1-5 and the token cross-entropy that they use. Imports only torch.
 
     paper                     here
     w in s                    one supervised token of a sample: a position where `loss_mask` is True
-    g(w, s) in {1, 0}  Eq. 1  `group`: the grouper's verdict on that token, 1 important and 0 not
-    G1, G0             Eq. 2  index 1 and index 0 of `nats` and `tokens`
+    g(w, s) in {1, 0}  Eq. 1  `group`: the grouper's label of that token, 1 important and 0 unimportant
+    G1, G0             Eq. 2  entries 1 and 0 of `nats` (a group's summed loss) and `tokens` (its token count), (K,)
     L_GO, L_worst    Eq. 3-4  `sft_go`
     lambda_t           Eq. 5  `lam_at`
 
-All that the objective needs of a step is, for each group, a sum of nats and a count of tokens. Sums add up over
-micro-batches and ranks; means and maxima do not. So an objective here is a function of (nats, tokens), and a trainer
-is exact however it cuts its step.
+An objective needs two numbers of each group: the sum of its token losses (`nats`) and its token count (`tokens`). Sums
+can be added over micro-batches and ranks; means and maxima cannot. An objective is therefore a function of (nats,
+tokens), and its gradient is exact for any split of the batch into micro-batches and ranks.
 
 N target positions, V vocabulary, D model width, K groups (the paper has two).
 """
@@ -34,36 +34,36 @@ def group_sums(nll: Tensor, group: Tensor, loss_mask: Tensor, groups: int = 2) -
     if not nll.shape == group.shape == loss_mask.shape or loss_mask.dtype != torch.bool:
         raise ValueError(
             f"nll {tuple(nll.shape)}, group {tuple(group.shape)}, loss_mask {tuple(loss_mask.shape)} {loss_mask.dtype}:"
-            " expected one shape and a bool mask. What was made from input ids, not targets, drops its first column"
+            " expected one shape and a bool mask. Tensors aligned with input_ids must be shifted first: pass x[:, 1:]"
         )
-    member = torch.stack([(group == k) & loss_mask for k in range(groups)]).flatten(1)  # (K, ...)
-    nats, tokens = torch.where(member, nll.flatten(), 0.0).sum(1), member.sum(1)
-    if not nll.is_cuda and tokens.sum() != loss_mask.sum():  # on a GPU reading it would wait
+    member = torch.stack([(group == k) & loss_mask for k in range(groups)]).flatten(1)  # (K, N)
+    nats, tokens = torch.where(member, nll.flatten(), 0.0).sum(1), member.sum(1)  # (K,), (K,)
+    if not nll.is_cuda and tokens.sum() != loss_mask.sum():  # CPU only: on a GPU this test would force a sync
         raise ValueError(f"group has labels outside 0 ... {groups - 1}: there are {groups} groups")
     return nats, tokens
 
 
-# Objectives: nats and tokens of the groups, (K,) each, and the λ of the step -> loss, () nats per token. Yours is one
-# more: --objective FILE.py:NAME. `constant_price(lam)` says that a nat costs 1 / tokens in every group, whatever the
-# losses: a step of several micro-batches then need not look at them first.
+# Objectives: (nats (K,), tokens (K,), λ of the step) -> loss, () nats per token. Add one by --objective FILE.py:NAME.
+# Optional: OBJECTIVE.constant_price(λ) is True where ∂loss / ∂nats is 1 / (all tokens) in every group, whatever the
+# losses. A step of several micro-batches then needs no extra forward pass.
 
 
 def cross_entropy(nats: Tensor, tokens: Tensor, lam: float = 0.0) -> Tensor:
-    """Ordinary supervised fine-tuning: the mean over all tokens. The groups, if any, are only watched (Fig. 1b)."""
+    """Standard supervised fine-tuning: the mean over all tokens. Groups change only the logged means (Fig. 1b)."""
     return nats.sum() / tokens.sum()
 
 
 def sft_go(nats: Tensor, tokens: Tensor, lam: float) -> Tensor:
-    """Cross-entropy, pulled towards the worst of the token groups: (1 - lam) · mean over all + lam · worst mean."""
+    """(1 - lam) · mean over all tokens + lam · largest group mean."""
     if not 0 <= lam <= 1:
         raise ValueError(f"lam is {lam}, expected a weight in [0, 1]")
-    means = torch.where(tokens > 0, nats / tokens.clamp(min=1), -torch.inf)  # an empty group is never the worst
-    worst = len(means) - 1 - means.flip(0).argmax()  # a tie goes to the important group: max's own gradient splits it
-    return (1 - lam) * cross_entropy(nats, tokens) + lam * means[worst]  # Eq. 3-4
+    means = torch.where(tokens > 0, nats / tokens.clamp(min=1), -torch.inf)  # (K,); an empty group is never the worst
+    worst = means.flip(0).max(0).values  # (); on a tie the last (important) group gets the whole gradient
+    return (1 - lam) * cross_entropy(nats, tokens) + lam * worst  # Eq. 3-4
 
 
-def important_only(nats: Tensor, tokens: Tensor, lam: float = 1.0) -> Tensor:
-    """Rho-1's row of the paper: cross-entropy over the selected tokens alone (over all where none is selected)."""
+def important_only(nats: Tensor, tokens: Tensor, lam: float = 0.0) -> Tensor:
+    """The paper's Rho-1 baseline: the mean over the important tokens, or over all tokens if none is important."""
     return torch.where(tokens[-1] > 0, nats[-1] / tokens[-1].clamp(min=1), cross_entropy(nats, tokens))
 
 
@@ -79,7 +79,7 @@ def lam_at(step: int, total_steps: int, lam_max: float, lam_min: float) -> float
 
 
 def sft_go_loss(nll: Tensor, important: Tensor, loss_mask: Tensor, lam: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 1-4 for one batch held in one place: what to call from another trainer. Arguments as in `group_sums`.
+    """Eq. 1-4 for one whole batch on one device, for use in another trainer. Arguments as in `group_sums`.
 
     Returns the loss, () nats per token, and stats, detached: ce, important, unimportant (means, nan for an empty group)
     and the two token counts.
@@ -93,15 +93,15 @@ def sft_go_loss(nll: Tensor, important: Tensor, loss_mask: Tensor, lam: float) -
 
 
 def token_nll(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
-    """Cross-entropy of each target, -log p(target | hidden), without ever holding all (N, V) logits.
+    """Cross-entropy of each target, -log p(target | hidden), without storing the full (N, V) logits.
 
     Args:
         hidden:         (N, D) float, the model's last hidden states.
         lm_head_weight: (V, D) float, cast to hidden's dtype at use.
         targets:        (N,) int64.
-        chunk:          rows of logits that exist at one time.
+        chunk:          rows of logits in memory at once.
 
-    Returns (N,) float32 nats. Forward keeps a log-sum-exp for each row; backward makes each chunk's logits again.
+    Returns (N,) float32 nats. Forward saves one log-sum-exp per row; backward computes each chunk of logits again.
     """
     if hidden.ndim != 2 or targets.shape != hidden.shape[:1] or lm_head_weight.shape[1:] != hidden.shape[1:]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (hidden, lm_head_weight, targets))

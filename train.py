@@ -3,8 +3,8 @@
     python train.py                                     the demo, on a CPU, in about a minute
     torchrun --nproc-per-node 8 train.py --recipe …     the same code; --recipe list prints the paper's runs
 
-One step: a batch of samples, cut into micro-batches -> nll of each supervised token -> nats and tokens of each group,
-summed over the whole step -> the objective's price of a nat in each group -> backward on price × nats -> AdamW.
+One step: a batch of samples, cut into micro-batches -> loss of each supervised token -> nats and tokens of each group,
+summed over the whole step -> price = ∂objective / ∂nats of each group -> backward on Σ price · nats -> AdamW.
 
 T positions of a micro-batch, K groups.
 """
@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # has no public name
 from tqdm import tqdm
 
 import data
@@ -58,7 +58,7 @@ OBJECTIVES = {f.__name__: f for f in (sftgo.sft_go, sftgo.cross_entropy, sftgo.i
 
 UNIT = (lambda x: 0 <= x <= 1), "in [0, 1]"
 BELOW_ONE = (lambda x: 0 <= x < 1), "in [0, 1)"
-POSITIVE, NOT_NEGATIVE = ((lambda x: 0 < x < 2**31), "above 0"), ((lambda x: 0 <= x < 2**31), "0 or above")
+POSITIVE, NOT_NEGATIVE = ((lambda x: 0 < x < 2**31), "above 0, below 2^31"), ((lambda x: 0 <= x < 2**31), "0 to 2^31")
 NAMES, SCOPES, SHARDS = ("list", *RECIPES), ("step", "micro_batch"), ("fsdp", "ddp")
 SCHEDULES, COMPUTE_DTYPES = ("cosine", "linear", "constant"), ("bfloat16", "float32")
 
@@ -81,15 +81,15 @@ class Config:
     batch_size: int = opt(64, "samples in an optimizer step", POSITIVE)
     micro_batch_tokens: int = opt(8192, "maximum tokens per forward pass: memory and speed; see --scope", POSITIVE)
     epochs: int = opt(15, "passes over the data", POSITIVE)
-    max_steps: int | None = opt(None, "end after this many optimizer steps, and the schedules with it", POSITIVE)
+    max_steps: int | None = opt(None, "end after this many optimizer steps; the schedules end there too", POSITIVE)
     drop_last: bool = opt(False, "skip an epoch's last, short batch")
 
     objective: str | None = opt(
-        None, f"{', '.join(OBJECTIVES)} or FILE.py:NAME (default: sft_go; without groups the second)"
+        None, f"{', '.join(OBJECTIVES)} or FILE.py:NAME (default: sft_go; with --grouper none: cross_entropy)"
     )
     grouper: str = opt("tfidf", f"{', '.join(groupers.NAMES)} or FILE.py:NAME")
     eta: tuple[float, ...] = opt(
-        (0.9,), "percentile: 0.9 makes a sample's top 10 %% important; two: three groups", UNIT
+        (0.9,), "percentile: 0.9 makes a sample's top 10 %% important; two values make three groups", UNIT
     )
     lam_max: float = opt(0.9, "weight of the worst group at the first step; 0 is ordinary SFT", UNIT)
     lam_min: float | None = opt(None, "where that weight decays to (default: it stays at --lam-max)", UNIT)
@@ -108,7 +108,7 @@ class Config:
     dtype: str = opt("bfloat16", "compute type; parameters, gradients and AdamW stay float32", choices=COMPUTE_DTYPES)
 
     shard: str | None = opt(None, "over several ranks: fsdp splits the model (default), ddp copies it", choices=SHARDS)
-    checkpoint_activations: bool = opt(False, "keep a block's input alone for backward, and run the block again there")
+    checkpoint_activations: bool = opt(False, "keep only each block's input; recompute the block in backward")
     checkpoint_every: int = opt(50, "steps between checkpoints, also at the end and on SIGTERM; 0: none", NOT_NEGATIVE)
     keep: int = opt(2, "checkpoints to keep, the newest", POSITIVE)
     out: str | None = opt(None, "run folder, where an interrupted run resumes (default: the next runs/<recipe>-<n>)")
@@ -118,7 +118,7 @@ class Config:
 
     def __post_init__(self):
         usual = {"lam_min": self.lam_max, "objective": "cross_entropy" if self.grouper == "none" else "sft_go"}
-        for name in (name for name in usual if getattr(self, name) is None):
+        for name in [name for name in usual if getattr(self, name) is None]:
             object.__setattr__(self, name, usual[name])
         for f in fields(self):
             (holds, expected), value = f.metadata["check"], getattr(self, f.name)
@@ -126,7 +126,7 @@ class Config:
                 if x is not None and not holds(x):
                     raise ValueError(f"--{f.name.replace('_', '-')} {x}: expected {expected}")
         named(self.objective, OBJECTIVES, "--objective")
-        named(self.grouper, dict.fromkeys(groupers.NAMES, print), "--grouper")
+        named(self.grouper, dict.fromkeys(groupers.NAMES), "--grouper")
         tokens, none, rho1 = self.micro_batch_tokens, self.grouper == "none", self.grouper == "rho1"
         missing = "--data" if self.model else "--model"
         for wrong, message in (
@@ -180,7 +180,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
 
 
 def sums(model: Llama, batch: Batch, label: Label, groups: int) -> tuple[Tensor, Tensor]:
-    """(nats, tokens) of a micro-batch's groups, (K,) each; a token keeps the group it got at the first look."""
+    """(nats, tokens) of a micro-batch's groups, (K,) each. The first call fixes `batch.group`; later calls reuse it."""
     nll = batch.nll(model)
     if batch.group is None:
         batch.group = label(nll.detach(), batch)
@@ -188,60 +188,59 @@ def sums(model: Llama, batch: Batch, label: Label, groups: int) -> tuple[Tensor,
 
 
 def price(objective: Objective, nats: Tensor, tokens: Tensor) -> Tensor:
-    """What one more nat in each group costs: ∂ loss / ∂ nats, (K,) float64."""
+    """∂ loss / ∂ nats, (K,) float64: the weight of each group's summed loss in the step's gradient."""
     nats = nats.detach().double().requires_grad_()
     return torch.autograd.grad(objective(nats, tokens), nats)[0]
 
 
-def backward(cost: Tensor, nats: Tensor) -> None:
-    (cost.to(nats.dtype) * nats).sum().backward()
+def backward(prices: Tensor, nats: Tensor) -> None:
+    (prices.to(nats.dtype) * nats).sum().backward()
 
 
 def step(
     model, batches: list[Batch], objective: Objective, label: Label, reduce=lambda t: t, groups=2, constant_price=False
 ) -> tuple[Tensor, Tensor]:
-    """Put this rank's part of one optimizer step's gradient into `.grad`; returns the step's nats and tokens, (K,).
+    """Add this rank's part of one optimizer step's gradient to `.grad`; return the step's nats and tokens, (K,) each.
 
-    The loss depends on the parameters through the step's nats alone, so its gradient is Σ_k price_k · ∇nats_k: exact,
-    however the step is cut into micro-batches and over ranks. The ranks' parts add up to it.
+    The parameters change the loss only through nats. So the gradient is Σ_k price_k · ∇nats_k. It is exact for any
+    split into micro-batches and ranks. The step's gradient is the sum of the ranks' parts.
 
     Args:
-        batches:        this rank's; every rank has equally many.
-        reduce:         sums a tensor over ranks, so that a nat has the same price wherever its token landed.
-        constant_price: every nat costs 1 / tokens, whatever the losses (plain cross-entropy): no need to look first.
+        batches:        this rank's micro-batches; every rank has the same number.
+        reduce:         sums a tensor over ranks, so every rank computes the same prices.
+        constant_price: every price is 1 / (all tokens), as in plain cross-entropy: no extra forward pass.
     """
-    looks = [None] * len(batches)
+    first, parts = [], []
     if constant_price:
-        tokens = reduce(torch.stack([batch.loss_mask.sum() for batch in batches]).sum())
-        cost = (1 / tokens.double()).expand(groups)
+        tokens = reduce(torch.stack([batch.loss_mask.sum() for batch in batches]).sum())  # () of the whole step
+        prices = (1 / tokens.double()).expand(groups)  # (K,)
     else:
-        with torch.set_grad_enabled(len(batches) == 1):  # one graph fits: look, then pay; of several look first, +1/3
-            looks = [sums(model, batch, label, groups) for batch in batches]
-        cost = price(objective, *total(looks, reduce))
-    done = []
-    for batch, look in zip(batches, looks):
-        nats, tokens = look if look and len(batches) == 1 else sums(model, batch, label, groups)
-        backward(cost, nats)
-        done.append((nats.detach(), tokens))
-    return total(done, reduce)
+        with torch.set_grad_enabled(len(batches) == 1):  # one: keep its graph; more: forward again below, 1/3 more work
+            first = [sums(model, batch, label, groups) for batch in batches]
+        prices = price(objective, *total(first, reduce))  # (K,)
+    for batch in batches:
+        nats, tokens = first[0] if len(first) == 1 else sums(model, batch, label, groups)  # (K,), (K,)
+        backward(prices, nats)
+        parts.append((nats.detach(), tokens))
+    return total(parts, reduce)
 
 
 def micro_batch_step(
     model, batches: list[Batch], objective: Objective, label: Label, reduce=lambda t: t, groups=2
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`--scope micro_batch`: Σ_m (N_m / N) · objective(micro-batch m), what a loss in an ordinary trainer approximates.
+    """`--scope micro_batch`: Σ_m (N_m / N) · objective(micro-batch m), the loss that an ordinary trainer approximates.
 
     Returns the step's nats, tokens and loss.
     """
     supervised = torch.stack([batch.loss_mask.sum() for batch in batches])
-    done, loss = [], supervised.new_zeros((), dtype=torch.float64)
-    for batch, share in zip(batches, supervised / reduce(supervised.sum())):
-        nats, tokens = sums(model, batch, label, groups)
-        cost = price(objective, nats, tokens) if share else nats.new_zeros(groups)  # a blank row still takes part
-        backward(share * cost, nats)
-        loss += share * objective(nats.detach(), tokens) if share else 0.0
-        done.append((nats.detach(), tokens))
-    return *total(done, reduce), reduce(loss)
+    parts, loss = [], supervised.new_zeros((), dtype=torch.float64)
+    for batch, share in zip(batches, supervised.double() / reduce(supervised.sum())):
+        nats, tokens = sums(model, batch, label, groups)  # (K,), (K,)
+        prices = price(objective, nats, tokens) if share else nats.new_zeros(groups)  # share 0: a row by `blank`
+        backward(share * prices, nats)
+        loss += share * objective(nats.detach().double(), tokens) if share else 0.0
+        parts.append((nats.detach(), tokens))
+    return *total(parts, reduce), reduce(loss)
 
 
 def total(parts: list[tuple[Tensor, Tensor]], reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -264,10 +263,10 @@ def build(cfg: Config, folder: Path, ranks: Ranks) -> Llama:
             fully_shard([block.input_layernorm, block.post_attention_layernorm], mesh=mesh)
             fully_shard(block, mesh=mesh, mp_policy=cast)
         fully_shard(model.model.norm, mesh=mesh)
-        fully_shard(model, mesh=mesh, mp_policy=cast)
+        fully_shard(model, mesh=mesh, mp_policy=cast)  # a root stays gathered after forward: `nll` uses lm_head.weight
         for module in model.modules():
             if hasattr(module, "set_gradient_divide_factor"):
-                module.set_gradient_divide_factor(1.0)  # a sum over ranks, no mean: prices count the step's tokens
+                module.set_gradient_divide_factor(1.0)  # sum over ranks, not mean: prices use the whole step's tokens
                 module.set_force_sum_reduction_for_comms(True)
     model.recompute = cfg.checkpoint_activations
     return model.fill(folder, ranks.device, cfg.seed, own_rows)
@@ -282,7 +281,7 @@ def own_rows(p: torch.nn.Parameter) -> tuple[Tensor, slice]:
 
 
 def finish_gradients(model: Llama, largest: float, ranks: Ranks) -> float:
-    """Sum the gradients over ranks (fsdp did), scale them to a norm of at most `largest` (0: not); returns the norm."""
+    """Sum gradients over ranks (fsdp has done it), clip them to norm `largest` (0: no clipping), return the norm."""
     for p in model.parameters():
         if ranks.size > 1 and not isinstance(p, DTensor):
             dist.all_reduce(p.grad)
@@ -298,8 +297,8 @@ def lr_at(step: int, total_steps: int, lr: float, schedule: str, warmup_ratio: f
     warmup = math.ceil(warmup_ratio * total_steps - 1e-9)  # 0.07 of 100 is 7, in floats too
     if step < warmup:
         return lr * (step + 1) / warmup
-    done = (step - warmup) / (total_steps - warmup)
-    return lr * {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[schedule]
+    progress = (step - warmup) / (total_steps - warmup)
+    return lr * {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}[schedule]
 
 
 def update(model, optimizer, batches: list[Batch], cfg: Config, done: int, total_steps: int, ranks: Ranks) -> dict:
@@ -309,7 +308,7 @@ def update(model, optimizer, batches: list[Batch], cfg: Config, done: int, total
     """
     lam = lam_at(done, total_steps, cfg.lam_max, cfg.lam_min)
     chosen = named(cfg.objective, OBJECTIVES, "--objective")
-    label, groups, reduce = groupers.labeller(cfg.grouper, cfg.eta), len(cfg.eta) + 1, ranks.sums()
+    label, groups, reduce = groupers.labeller(cfg.grouper, cfg.eta), len(cfg.eta) + 1, ranks.reducer()
 
     def objective(nats: Tensor, tokens: Tensor) -> Tensor:
         return chosen(nats, tokens, lam)
@@ -326,26 +325,26 @@ def update(model, optimizer, batches: list[Batch], cfg: Config, done: int, total
     if not math.isfinite(row["loss"]) or not math.isfinite(norm):
         cure = f"Lower --lr or use --dtype float32. Last checkpoint: {checkpoint.newest(cfg.out)}"
         raise everywhere(ValueError(f"step {done + 1}: {report.line(row)}. Not updated, and no model written. {cure}"))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    for param_group in optimizer.param_groups:
+        param_group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
     return row
 
 
 def loop(cfg: Config, model, corpus: Corpus, prior, total_steps: int, per_epoch: int, ranks: Ranks) -> bool:
-    """The steps that are still to do; False where a SIGTERM ended them."""
-    matrices, norms = ([p for p in model.parameters() if (p.ndim == 1) == is_norm] for is_norm in (False, True))
+    """Run the remaining steps; return False if a SIGTERM stopped them."""
+    matrices, norms = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim == 1]
     sets = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(sets, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
-    begun, order = checkpoint.resume(Path(cfg.out), model, optimizer, ranks), None
-    print(f"run     {cfg.out}, on {ranks}" + f", after step {begun}" * bool(begun))
+    begun = checkpoint.resume(Path(cfg.out), model, optimizer, ranks)
+    print(f"run     {cfg.out}, on {ranks}" + (f", after step {begun}" if begun else ""))
     log = open(f"{cfg.out}/metrics.jsonl" if ranks.rank == 0 else os.devnull, "a", encoding="utf-8")
     bar = tqdm(total=total_steps, initial=begun, unit="step", disable=None, dynamic_ncols=True)
     with ranks.sigterm() as asked_to_stop, log, bar:
         for done in range(begun, total_steps):
             epoch, at = divmod(done, per_epoch)
-            if at == 0 or order is None:
+            if at == 0 or done == begun:
                 order = data.epoch_order(len(corpus), cfg.batch_size, cfg.seed, epoch, cfg.drop_last)
             began = time.perf_counter()
             batches = data.micro_batches(corpus, prior, order[at], cfg.micro_batch_tokens, ranks.rank, ranks.size)
@@ -392,7 +391,7 @@ def train(cfg: Config) -> Path | None:
             return Path(cfg.out)
         folder = ranks.each(lambda: resolve(cfg.model))
         llama, tokenizer, corpus = ranks.each(lambda: prepare(cfg, folder))
-        prior = ranks.each(lambda: scores.cheap(cfg.grouper, corpus, cfg.seed))
+        prior = ranks.each(lambda: scores.without_model(cfg.grouper, corpus, cfg.seed))
         per_epoch = len(data.epoch_order(len(corpus), cfg.batch_size, cfg.seed, 0, cfg.drop_last))
         total_steps = min(cfg.epochs * per_epoch, cfg.max_steps or sys.maxsize)
         ranks.each(lambda: report.plan(cfg, corpus, llama, folder, prior, total_steps, per_epoch, ranks.size))
@@ -401,7 +400,7 @@ def train(cfg: Config) -> Path | None:
         with checkpoint.run_folder(cfg, ranks) as out:
             cfg = replace(cfg, out=str(out))
             if prior is None:
-                prior = scores.by_model(cfg, corpus, Path(cfg.cache or out / "cache"), ranks)
+                prior = scores.with_model(cfg, corpus, Path(cfg.cache or out / "cache"), ranks)
             model = ranks.each(lambda: build(cfg, folder, ranks))
             if not loop(cfg, model, corpus, prior, total_steps, per_epoch, ranks):
                 raise SystemExit(143)  # 128 + SIGTERM: not finished, for whoever starts it again

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from eval.benchmarks import BENCHMARKS
-from eval.score import Encoder, log_likelihoods, score
+from eval.score import Encoder, score
 from eval.sharing import pack
 from model import Llama, LlamaConfig
 from published.files import write_json
@@ -137,7 +137,7 @@ def complete(shape: str, out: str | None) -> None:
         write_json(folder / "tokenizer_config.json", {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"})
         source = folder
     encoder = Encoder(Tokenizer(source, model.cfg.vocab_size))
-    log_likelihoods(model, encoder.item_pairs(some("openbookqa")))  # compile kernels
+    score(model, encoder, some("openbookqa"))  # compile kernels
     load, items = timed(lambda: {name: BENCHMARKS[name].load(SHARED / "data") for name in LIKELIHOOD})
     seconds = {"load": load}
     for name in LIKELIHOOD:

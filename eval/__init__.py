@@ -1,19 +1,16 @@
 """The paper's benchmarks: `python -m eval --model OUT/model --tasks mmlu,hellaswag --data FOLDER`."""
 
 import argparse
-from functools import partial
-
-BOS = ("never", "auto", "always")
 
 
 def command_line(prog: str, description: str, scores: bool = False) -> argparse.ArgumentParser:
     """A command of this package, with the flags of those that score a model."""
-    shape = partial(argparse.HelpFormatter, max_help_position=26, width=110)
-    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False, formatter_class=shape)
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    add = parser.add_argument
     if scores:
-        add = parser.add_argument
         add("--model", required=True, metavar="PATH", help="model folder in the published layout, or a Hub name")
         add("--limit", type=int, metavar="N", help="the first N items of each task (of each MMLU subject): a try")
-        add("--bos", default="never", choices=BOS, help="a BOS before each prompt (default: never, as in the paper)")
+        bos = ("never", "auto", "always")
+        add("--bos", default="never", choices=bos, help="a BOS before each prompt (default: never, as in the paper)")
         add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="compute type (default: bfloat16)")
     return parser

@@ -23,7 +23,7 @@ from eval import command_line
 from eval.benchmarks import BENCHMARKS, task_names
 from eval.generate import Prompt, end_tokens, require_room, write
 from eval.results import HEAD, earlier, fingerprint, line, run_of, write_samples
-from eval.score import Encoder, Item, by_task, score
+from eval.score import Encoder, by_task, score
 from model import Llama, LlamaConfig
 from published.config import read_config
 from published.files import write_json
@@ -34,6 +34,7 @@ from support.checkpoint import git_commit
 from support.ranks import Ranks, command
 
 LIBRARIES = ("torch", "tokenizers", "numpy", "sacrebleu", "rouge-score", "lm-eval", "nltk", "langdetect")
+SETTINGS = ("bos", "dtype", "limit")  # which decide the scores
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -43,11 +44,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tasks", default="all", metavar="A,B", help="names separated by commas (default: all)")
     add("--data", default="benchmarks", metavar="PATH", help="of `python -m eval.download` (default: benchmarks)")
     add("--batch-tokens", type=int, metavar="N", help="of a packed row (default: 4,096 on a CPU, 65,536 on a GPU)")
-    usual = "(default: eval.json beside a run's model, else eval-NAME.json here)"
-    add("--out", metavar="FILE.json", help=f"results; the same command resumes after the last finished task {usual}")
-    holds = "a line an item: prompt, choices and log-likelihoods, or response; metrics"
-    whole = "Written completely or not at all; an existing file is refused"
-    add("--samples", metavar="FILE.jsonl", help=f"for each task also FILE.TASK.jsonl, {holds}. {whole}")
+    usual = "default: eval.json beside a run's model, else eval-NAME.json here"
+    add("--out", metavar="FILE.json", help=f"results; the same command resumes after the last finished task ({usual})")
+    samples = "for each task also FILE.TASK.jsonl: each prompt, what the model gave, metrics"
+    add("--samples", metavar="FILE.jsonl", help=f"{samples}; an existing file is refused")
     args = parser.parse_args(argv)
     args.tasks = task_names(args.tasks)
     for name in ("limit", "batch_tokens"):
@@ -58,15 +58,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def paths(args: argparse.Namespace) -> tuple[Path, dict[str, Path]]:
     """The results file, and each task's samples file."""
-    model, samples = Path(args.model), Path(args.samples).resolve() if args.samples else None
+    model = Path(args.model)
     if (model / "model" / "config.json").is_file():
         raise ValueError(f"--model {model}: the folder of a run; its model is {model / 'model'}")
-    name = f"eval-{model.resolve().name if model.is_dir() else model.name}.json"
-    out = Path(args.out or (model.parent / "eval.json" if run_of(model) else name))
-    of_task = {name: samples.with_suffix(f".{name}{samples.suffix}") for name in args.tasks} if samples else {}
-    if out.is_dir() or out.resolve() in (samples, *of_task.values()):
+    name = model.resolve().name if model.is_dir() else model.name
+    out = Path(args.out or (model.parent / "eval.json" if run_of(model) else f"eval-{name}.json"))
+    given = [Path(args.samples).resolve()] if args.samples else []
+    samples = {task: path.with_suffix(f".{task}{path.suffix}") for path in given for task in args.tasks}
+    if out.is_dir() or out.resolve() in (*given, *samples.values()):
         raise ValueError(f"--out {out}: {'a folder' if out.is_dir() else 'also --samples'}, expected a file of its own")
-    return out, of_task
+    return out, samples
 
 
 def prepare(args: argparse.Namespace) -> tuple[dict[str, list], Path, Encoder, tuple[int, ...]]:
@@ -86,43 +87,36 @@ def evaluate(args: argparse.Namespace, ranks: Ranks) -> None:
     """Score the model on each task in turn; after each, write the files and print a line."""
     out, samples = ranks.each(lambda: paths(args))
     items, folder, encoder, stop_ids = ranks.each(lambda: prepare(args))
-    settings = {name: getattr(args, name) for name in ("bos", "dtype", "limit")}
-    sha = ranks.first(lambda: fingerprint(folder))
-    about = {
-        "model": args.model,
-        "fingerprint": sha,
-        "run": run_of(Path(args.model)),
-        "settings": settings,
-        "tasks": {},
-    }
+    about = {"model": args.model, "fingerprint": ranks.first(lambda: fingerprint(folder))}
+    about |= {"run": run_of(Path(args.model)), "settings": {name: vars(args)[name] for name in SETTINGS}, "tasks": {}}
     about = ranks.first(lambda: earlier(out, about, samples))
-    todo = [name for name in args.tasks if name not in about["tasks"]]
-    if done := [name for name in args.tasks if name not in todo]:
-        print(f"{out}: already has {', '.join(done)}")
-    if not todo:
+    if done := items.keys() & about["tasks"].keys():
+        print(f"{out}: already has {', '.join(name for name in items if name in done)}")
+    if done == items.keys():
         return
     device, dtype = ranks.device, DTYPES[args.dtype]
     model = ranks.each(lambda: Llama.from_pretrained(folder, dtype, dtype, device))
     where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    installed = [(name, next(iter(distributions(name=name)), None)) for name in LIBRARIES]
-    versions = {"python": platform.python_version()} | {name: found.version for name, found in installed if found}
+    versions = {"python": platform.python_version()}
+    versions |= {name: found.version for name in LIBRARIES for found in distributions(name=name)}
     made = {"device": where, "ranks": ranks.size, "versions": versions, "git_commit": git_commit()}
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{args.model}: {size:,.1f}M parameters in {args.dtype} on {where}; BOS {args.bos}; results go to {out}")
     print(HEAD, flush=True)
-    for name in todo:
-        began, mine, file = time.monotonic(), items.pop(name), samples.get(name)
-        if isinstance(mine[0], Item):
-            scored = score(model, encoder, mine, args.batch_tokens, ranks, name)
+    for name in [name for name in items if name not in done]:
+        began, asked = time.monotonic(), items.pop(name)
+        if isinstance(asked[0], Prompt):
+            scored = write(model, encoder, asked, stop_ids, ranks, name)
         else:
-            scored = write(model, encoder, mine, stop_ids, ranks, name)
-        seconds, summary = time.monotonic() - began, BENCHMARKS[name].summarize(by_task(mine, scored))
-        timed = {"seconds": round(seconds, 2), "items_per_second": round(len(mine) / seconds, 2)}
-        about["tasks"][name] = summary | {"made": made | timed | ({"samples": str(file)} if file else {})}
-        if file:
-            ranks.first(lambda: write_samples(file, mine, scored))
+            scored = score(model, encoder, asked, args.batch_tokens, ranks, name)
+        seconds, summary = time.monotonic() - began, BENCHMARKS[name].summarize(by_task(asked, scored))
+        this = made | {"seconds": round(seconds, 2), "items_per_second": round(len(asked) / seconds, 2)}
+        if file := samples.get(name):
+            ranks.first(lambda: write_samples(file, asked, scored))
+            this["samples"] = str(file)
+        about["tasks"][name] = summary | {"made": this}
         ranks.first(lambda: write_json(out, about))
-        print(line(name, len(mine), summary, seconds), flush=True)
+        print(line(name, len(asked), summary, seconds), flush=True)
 
 
 def main() -> None:

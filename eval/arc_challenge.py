@@ -17,10 +17,9 @@ def question(row: Row, stem: str) -> tuple[str, tuple[str, ...], int]:
         found = [Row(f"{row.where}: choices", choice) for choice in found]
         text, labels = (tuple(choice.get(name) for choice in found) for name in ("text", "label"))
         return inner.get("stem"), text, row.index("answerKey", labels)
-    choices = row.row("choices")
-    text, labels = choices.strings("text"), choices.strings("label")
+    text, labels = (row.row("choices").strings(name) for name in ("text", "label"))
     if len(text) != len(labels):
-        raise ValueError(f"{choices.where}: {len(text)} texts and {len(labels)} labels, expected as many of each")
+        raise ValueError(f"{row.where}: {len(text)} choices and {len(labels)} labels, expected as many of each")
     return row.get(stem), text, row.index("answerKey", labels)
 
 

@@ -7,9 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from eval import arc_challenge, hellaswag, ifeval, mathqa, mmlu, openbookqa, truthfulqa
-from eval.generate import Prompt
 from eval.rows import Source
-from eval.score import Item, Results, mean
+from eval.score import Results, mean
 
 
 def single(results: Results) -> dict:
@@ -23,7 +22,7 @@ class Benchmark:
     """Where a benchmark's rows lie, its items from the data folder, and the summary of its items' metrics."""
 
     sources: tuple[Source, ...]
-    load: Callable[[Path], list[Item] | list[Prompt]]
+    load: Callable[[Path], list]
     summarize: Callable[[Results], dict] = single
 
 

@@ -1,6 +1,5 @@
 """Fetch the benchmarks from the Hub: `python -m eval.download --to benchmarks`; run again, what is still missing."""
 
-import fnmatch
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +9,7 @@ if not __package__:  # python PATH/eval/download.py
 
 from eval import command_line
 from eval.benchmarks import BENCHMARKS, task_names
-from eval.rows import READ, Source
+from eval.rows import Source
 from published.hub import refused
 
 
@@ -18,31 +17,26 @@ def fetch(source: Source, to: Path) -> str:
     """Put one split into the folder, unless it is there, and check its number of rows; returns a line about it."""
     known = "already here" if source.paths(to) else "fetched"
     if known == "fetched":
-        download(source, to / source.folder)
+        download(source, to)
     rows = source.read(to)
     return f"{source.folder:<14}{len(rows):>7,} rows {known}: {', '.join(map(str, source.paths(to)))}"
 
 
-def download(source: Source, into: Path) -> None:
+def download(source: Source, to: Path) -> None:
     """The files of one split from the Hub, under their paths there; ValueError says what to do by hand."""
-    from huggingface_hub import HfApi, hf_hub_download  # comes with tokenizers
+    from huggingface_hub import snapshot_download  # comes with tokenizers
 
-    name, by_hand = source.repository, f"put the released {source.file} (or .gz) into {into}"
-    if source.pattern.endswith(".parquet") and find_spec("pyarrow") is None:
-        install = 'its files are parquet; to read them: pip install -e ".[parquet]"'
-        raise ValueError(f"{name}: {install}; or {by_hand}")
-    pattern = source.pattern.removeprefix("**/")
+    name, pattern, into = source.repository, source.pattern.removeprefix("**/"), to / source.folder
+    by_hand = f"or put the released {source.file} (or .gz) into {into}"
+    if pattern.endswith(".parquet") and find_spec("pyarrow") is None:
+        raise ValueError(f'{name}: to read its parquet files: pip install -e ".[parquet]"; {by_hand}')
     try:
-        about = HfApi().dataset_info(name)
-        files = fnmatch.filter([file.rfilename for file in about.siblings], pattern)
-        files = [file for file in files if file.endswith(READ)]
-        for file in files:
-            hf_hub_download(name, file, repo_type="dataset", revision=about.sha, local_dir=into)
+        snapshot_download(name, repo_type="dataset", allow_patterns=pattern, local_dir=into)
+        if not source.paths(to):  # the client is silent without network where the folder has other files
+            raise ValueError(f"it could not be reached, or has no {pattern} any more")
     except Exception as e:  # the Hub's client raises many kinds
-        flags = f'--repo-type dataset --include "{pattern}" --local-dir {into}\nor {by_hand}'
+        flags = f'--repo-type dataset --include "{pattern}" --local-dir {into}\n{by_hand}'
         raise refused(name, flags, e) from e
-    if not files:
-        raise ValueError(f"{name}: the Hub has no file like {pattern} there any more; {by_hand}")
 
 
 def main(argv: list[str] | None = None) -> None:

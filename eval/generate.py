@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,9 +34,7 @@ class Prompt:
         return {"task": self.task, "doc_id": self.doc_id, "prompt": self.text}
 
 
-def write(
-    model: Llama, encoder: Encoder, items: list[Prompt], stop_ids: tuple[int, ...], ranks, name: str
-) -> list[dict]:
+def write(model: Llama, encoder: Encoder, items: list[Prompt], stop_ids, ranks, name: str) -> list[dict]:
     """Each item's response and its metrics, on every rank."""
     texts = respond(model, encoder, [(p.text, p.max_new_tokens, p.stops) for p in items], stop_ids, ranks, name=name)
     return [{"response": text, "metrics": item.judge(text)} for item, text in zip(items, texts)]
@@ -46,15 +45,11 @@ def respond(
 ) -> list[str]:
     """What the model writes after each prompt, without special tokens, up to a stop string or the end token's text.
 
-    Args:
-        prompts:       each is cut from the left so that it and its new tokens fit the model's window.
-        stop_ids:      tokens that end a sequence.
-        ranks:         share the batches; each gets all texts.
-        cached_tokens: positions in one batch's key/value cache; None: 32,768 on a CPU, 2/5 of a GPU's free memory.
+    A prompt is cut from the left so that it and its new tokens fit the model's window. The ranks share the batches, and
+    each gets all texts. `cached_tokens` of one batch's key/value cache; None: 32,768 on a CPU, 2/5 of GPU memory.
     """
     window, tokenizer = model.cfg.max_position_embeddings, encoder.tokenizer
-    for _, most, _ in prompts:
-        require_room(most, window, name)
+    require_room(max(most for _, most, _ in prompts), window, name)
     cached_tokens, encoded = cached_tokens or room_for(model), encoder([text for text, *_ in prompts])
     ids = [found[-(window - most) :] or [tokenizer.bos] for (_, most, _), found in zip(prompts, encoded)]
     order = sorted(range(len(prompts)), key=lambda i: (prompts[i][1:], len(ids[i])), reverse=True)
@@ -67,14 +62,12 @@ def respond(
         batches[-1].append(i)
 
     def work() -> dict[int, str]:
-        texts, mine = {}, batches[ranks.rank :: ranks.size]
-        with tqdm(desc=name, total=sum(map(len, mine)), unit="item", disable=None, leave=False) as bar:
-            for batch in mine:
-                _, most, stops = prompts[batch[0]]
-                stopper = Stopper(stops, tokenizer.decode, bar)
-                new = generate(model, [ids[i] for i in batch], most, stop_ids=stop_ids, ended=stopper)
-                texts |= {i: trimmed(tokenizer.decode(t), (*stops, tokenizer.end_token)) for i, t in zip(batch, new)}
-                bar.update(len(batch) - stopper.stopped)
+        texts = {}
+        for batch in tqdm(batches[ranks.rank :: ranks.size], name, unit="batch", disable=None, leave=False):
+            _, most, stops = prompts[batch[0]]
+            ended = partial(stopped, stops=stops, decode=tokenizer.decode)
+            new = generate(model, [ids[i] for i in batch], most, stop_ids=stop_ids, ended=ended)
+            texts |= {i: trimmed(tokenizer.decode(t), (*stops, tokenizer.end_token)) for i, t in zip(batch, new)}
         return texts
 
     texts = {i: text for part in ranks.together(work) for i, text in part.items()}
@@ -94,23 +87,10 @@ def room_for(model: Llama) -> int:
     return 32_768 if device.type == "cpu" else int(0.4 * torch.cuda.mem_get_info(device)[0] / each)
 
 
-class Stopper:
-    """Whether a sequence's newest tokens complete a stop string; called at every token, it also moves the bar."""
-
-    def __init__(self, stops: tuple[str, ...], decode: Callable[[list[int]], str], bar: tqdm):
-        self.stops, self.decode, self.bar = stops, decode, bar
-        self.recent = max(map(len, stops), default=0) + 4  # tokens that may hold one: most hold a character or more
-        self.tokens = self.stopped = 0
-
-    def __call__(self, tokens: list[int]) -> bool:
-        self.tokens += 1
-        if self.tokens % 1000 == 0:
-            self.bar.set_postfix_str(f"{self.tokens:,} tokens of this batch")
-        recent = self.decode(tokens[-self.recent :]) if self.stops else ""
-        found = any(stop in recent for stop in self.stops) and any(stop in self.decode(tokens) for stop in self.stops)
-        self.stopped += found
-        self.bar.update(int(found))
-        return found
+def stopped(tokens: list[int], stops: tuple[str, ...], decode: Callable[[list[int]], str]) -> bool:
+    """Whether the newest of a sequence's tokens complete a stop string; they alone are decoded at every token."""
+    newest = decode(tokens[-(max(map(len, stops)) + 4) :]) if stops else ""  # most tokens hold a character or more
+    return any(stop in newest for stop in stops) and any(stop in decode(tokens) for stop in stops)
 
 
 def trimmed(text: str, stops: tuple[str, ...]) -> str:
@@ -121,17 +101,12 @@ def trimmed(text: str, stops: tuple[str, ...]) -> str:
 
 
 def end_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens that end a text: those of the folder's generation_config.json, else the tokenizer's.
-
-    Raises:
-        ValueError: the file asks for what changes greedy decoding, which the harness would follow.
-    """
+    """The tokens that end a text: those of the folder's generation_config.json, else the tokenizer's."""
     path = folder / "generation_config.json"
     settings = read_json(path) if path.is_file() else {}
     for name, neutral in NEUTRAL.items():
-        if settings.get(name) not in (None, neutral):
-            only = "generation here is plain greedy; take it out to score without it"
-            raise ValueError(f"{path}: {name} is {settings[name]}, and {only}")
+        if settings.get(name) not in (None, neutral):  # the harness would follow it
+            raise ValueError(f"{path}: {name} is {settings[name]}, but generation here is plain greedy; take it out")
     named = settings.get("eos_token_id")
     return tuple(named) if isinstance(named, list) else (tokenizer.end if named is None else named,)
 

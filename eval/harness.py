@@ -12,6 +12,7 @@ from pathlib import Path
 if not __package__:  # python PATH/eval/harness.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import numpy as np
 import torch
 
 from eval import command_line
@@ -33,16 +34,15 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 except ImportError as e:
-    install = 'install it with: pip install -e ".[harness]"'
-    sys.exit(f"error: eval.harness needs the lm-evaluation-harness ({e}); {install}")
+    sys.exit(f'error: eval.harness needs lm-eval ({e}); install it with: pip install -e ".[harness]"')
 
 
 class SFTGO(LM):
     """Our Llama and our scorer behind the harness's three questions."""
 
-    def __init__(self, model: str | Path, bos: str = "never", dtype: str = "bfloat16", batch_tokens=None, device=None):
+    def __init__(self, model: str | Path, bos: str = "never", dtype: str = "bfloat16", device: str | None = None):
         super().__init__()
-        folder, self.batch_tokens = resolve(model), batch_tokens
+        folder = resolve(model)
         self.encoder = Encoder(Tokenizer(folder, read_config(folder)["vocab_size"]), bos)
         self.stop_ids = end_tokens(folder, self.encoder.tokenizer)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -50,22 +50,19 @@ class SFTGO(LM):
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         pairs = list(self.encoder.pairs([r.args for r in requests]))
-        values, greedy = log_likelihoods(self.model, pairs, self.batch_tokens)
+        values, greedy = log_likelihoods(self.model, pairs)
         return list(zip(values.tolist(), greedy.tolist()))
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Every token of a text predicted once, in windows as the harness cuts them."""
-        windows, owner = [], []
+        windows, owners = [], []
         for i, ids in enumerate(self.encoder([r.args[0] for r in requests])):
             cut = get_rolling_token_windows(ids, self.encoder.tokenizer.bos, self.model.cfg.max_position_embeddings, 1)
-            found = [make_disjoint_window(window) for window in cut]
-            windows += [(packed(context), continuation) for context, continuation in found]
-            owner += [i] * len(found)
-        values, _ = log_likelihoods(self.model, windows, self.batch_tokens)
-        totals = [0.0] * len(requests)
-        for i, value in zip(owner, values.tolist()):
-            totals[i] += value
-        return totals
+            for context, continuation in map(make_disjoint_window, cut):
+                windows.append((packed(context), continuation))
+                owners.append(i)
+        values, _ = log_likelihoods(self.model, windows)
+        return np.bincount(owners, values, len(requests)).tolist()
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Greedy only; ValueError where a task asks for samples, or for anything else that changes the text."""
@@ -88,25 +85,23 @@ def run(argv: list[str] | None = None) -> None:
     add("--tasks", required=True, metavar="A,B", help="the harness's names")
     add("--include-path", metavar="PATH", help="folder with task files of your own")
     add("--num-fewshot", type=int, metavar="N", help="examples in each prompt (default: the task's)")
-    add("--out", metavar="FILE.json", help="where to write the harness's results")
+    add("--out", type=Path, metavar="FILE.json", help="where to write the harness's results")
     args = parser.parse_args(argv)
-    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    if not names or (args.limit is not None and args.limit < 1):
-        raise ValueError(f"--tasks {args.tasks!r}, --limit {args.limit}: expected at least one of each")
-    if args.out and Path(args.out).exists():
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit}: expected at least 1")
+    if args.out and args.out.exists():
         raise ValueError(f"{args.out}: exists; choose another --out, or move it away")
-    manager = TaskManager(include_path=args.include_path)
+    names, manager = args.tasks.split(","), TaskManager(include_path=args.include_path)
     for name in names:
         if name not in manager.all_tasks:
             near = ", ".join(get_close_matches(name, manager.all_tasks)) or "none; `lm-eval ls tasks` lists them"
             raise ValueError(f"--tasks {name}: the harness has no such task; nearest: {near}")
+    how = {"num_fewshot": args.num_fewshot, "limit": args.limit, "task_manager": manager, "log_samples": False}
+    found = simple_evaluate(SFTGO(args.model, args.bos, args.dtype), tasks=names, **how)
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    how = {"tasks": names, "num_fewshot": args.num_fewshot, "limit": args.limit, "task_manager": manager}
-    found = simple_evaluate(SFTGO(args.model, args.bos, args.dtype), log_samples=False, **how)
-    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         kept = {name: found[name] for name in ("results", "groups", "versions", "n-shot", "n-samples") if name in found}
-        write_json(Path(args.out), {"model": args.model, "bos": args.bos, "dtype": args.dtype, **kept})
+        write_json(args.out, {"model": args.model, "bos": args.bos, "dtype": args.dtype, **kept})
     print(make_table(found) + ("\n" + make_table(found, "groups") if found.get("groups") else ""))
 
 

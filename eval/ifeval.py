@@ -21,16 +21,14 @@ def checks() -> dict:
         import nltk
 
         nltk.data.find("tokenizers/punkt_tab/english")
-        langdetect.DetectorFactory.seed = 0
-        logging.getLogger("lm_eval.tasks.ifeval.instructions").setLevel(
-            logging.CRITICAL
-        )  # or texts without letters warn
         from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
     except ImportError as e:
         raise needed("ifeval", f"the lm-evaluation-harness ({e})") from e
     except LookupError as e:
         fetch = "python -m nltk.downloader punkt_tab (or set NLTK_DATA to the folder that holds tokenizers/punkt_tab)"
         raise ValueError(f"ifeval counts sentences with NLTK's punkt_tab, which is not here: {fetch}") from e
+    langdetect.DetectorFactory.seed = 0
+    logging.getLogger("lm_eval.tasks.ifeval.instructions").setLevel("CRITICAL")  # it warns of texts without letters
     return INSTRUCTION_DICT
 
 
@@ -39,16 +37,14 @@ def load(data: Path) -> list[Prompt]:
     known, prompts = checks(), []
     for i, row in enumerate(TRAIN.read(data)):
         names, given, text = row.strings("instruction_id_list"), row.get("kwargs", list), row.get("prompt")
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"{row.where}: the harness has no check {unknown[0]!r}; it is known to fit lm-eval 0.4.13")
         if len(names) != len(given) or not all(isinstance(a, dict) for a in given):
-            found = f"{len(names)} instructions and {len(given)} kwargs"
-            raise ValueError(f"{row.where}: {found}, expected an object for each")
+            raise ValueError(f"{row.where}: {len(names)} instructions need as many kwargs, each an object")
         arguments = tuple({argument: value for argument, value in a.items() if value} for a in given)
         for name, a in zip(names, arguments):
+            if name not in known:
+                raise ValueError(f"{row.where}: the harness has no check {name!r}; lm-eval 0.4.13 has it")
             if missing := [x for x in known[name]("").get_instruction_args_keys() if x not in a]:
-                drawn = "the harness would draw it at random"
-                raise ValueError(f"{row.where}: {name} without {', '.join(missing)}; {drawn}")
+                raise ValueError(f"{row.where}: {name} without {missing[0]}, which the harness would draw at random")
         prompts.append(Prompt("ifeval", i, text, 1280, (), partial(judge, text, names, arguments)))
     return prompts
 
@@ -66,14 +62,13 @@ def holds(prompt: str, name: str, arguments: dict, texts: list[str]) -> bool:
     """Whether one of the texts follows an instruction."""
     state = random.getstate()
     random.seed(0)  # a checker that draws a letter (UNSETTLED) always draws the same
-    try:
-        check = checks()[name](name)
-        check.build_description(**arguments)
-        if "prompt" in (check.get_instruction_args() or {}):
-            check.build_description(prompt=prompt)
-        return any(text.strip() and check.check_following(text) for text in texts)
-    finally:
-        random.setstate(state)
+    check = checks()[name](name)
+    check.build_description(**arguments)
+    if "prompt" in (check.get_instruction_args() or {}):
+        check.build_description(prompt=prompt)
+    held = any(text.strip() and check.check_following(text) for text in texts)
+    random.setstate(state)
+    return held
 
 
 def variants(response: str) -> list[str]:

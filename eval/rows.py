@@ -21,26 +21,24 @@ class Row:
     def get(self, name: str, kind: type = str):
         """A field of this type; ValueError where it is missing or of another."""
         value = self.fields.get(name)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        if not isinstance(value, kind):
             found = f"it is {value!r:.60}" if name in self.fields else f"the row has {', '.join(map(str, self.fields))}"
-            found = f"expected {name} ({kind.__name__}), but {found}"
-            raise ValueError(f"{self.where}: {found}; is this the benchmark's own file?")
+            expected = f"{self.where}: expected {name} ({kind.__name__}), but {found}"
+            raise ValueError(f"{expected}; is this the benchmark's own file?")
         return value
 
     def strings(self, name: str) -> tuple[str, ...]:
-        """A field that is a list of strings, at least one."""
         values = self.get(name, list)
         if not values or not all(isinstance(v, str) for v in values):
             raise ValueError(f"{self.where}: expected {name} to be a list of strings, but it is {values!r:.60}")
         return tuple(values)
 
     def row(self, name: str) -> "Row":
-        """A field that is an object."""
         return Row(f"{self.where}: {name}", self.get(name, dict))
 
     def index(self, name: str, options: tuple[str, ...]) -> int:
-        """The place of a field's value among the options."""
-        value = self.get(name).strip()
+        """The place of a field's value, a text or a number, among the options."""
+        value = str(self.fields.get(name)).strip()
         if value not in options:
             raise ValueError(f"{self.where}: {name} is {value!r}, expected one of {', '.join(options)}")
         return options.index(value)
@@ -62,27 +60,22 @@ class Source:
         for path in (folder / self.file, folder / f"{self.file}.gz"):
             if path.is_file():
                 return [path]
-        found = folder.glob(self.pattern)
-        return sorted(path for path in found if path.is_file() and path.name.removesuffix(".gz").endswith(READ))
+        return sorted(path for path in folder.glob(self.pattern) if path.name.removesuffix(".gz").endswith(READ))
 
     def read(self, data: Path) -> list[Row]:
-        """Every row of the split, in the file's order.
-
-        Raises:
-            ValueError: no file, one that cannot be read, or another number of rows than the benchmark has.
-        """
+        """Every row of the split, in the file's order; ValueError where it is missing, damaged or cut short."""
         tasks = "truthfulqa_mc,truthfulqa_gen" if self.folder == "truthfulqa" else self.folder
         fetch = f"fetch it with: python -m eval.download --tasks {tasks} --to {data}"
         if not Path(data).is_dir():
             raise ValueError(f"{data}: no such folder; --data holds a folder for each benchmark; {fetch}")
         paths = self.paths(data)
         if not paths:
-            folder = Path(data) / self.folder
-            raise ValueError(f"{folder}: no {self.file} (or .gz), nor the Hub's {self.pattern}; {fetch}")
+            where = Path(data) / self.folder
+            raise ValueError(f"{where}: no {self.file} (or .gz), nor the Hub's {self.pattern}; {fetch}")
         rows = [row for path in paths for row in read_file(path)]
         if len(rows) != self.rows:
-            found = f"{', '.join(map(str, paths))}: {len(rows):,} rows, but the benchmark has {self.rows:,}"
-            raise ValueError(f"{found}; cut short? Move it away and {fetch}")
+            found = f"{len(rows):,} rows, but the benchmark has {self.rows:,}"
+            raise ValueError(f"{', '.join(map(str, paths))}: {found}; cut short? Move it away and {fetch}")
         return rows
 
 
@@ -102,11 +95,10 @@ def read_file(path: Path) -> list[Row]:
 
 def read_parquet(path: Path) -> list[dict]:
     try:
-        import pyarrow
-        import pyarrow.parquet
+        from pyarrow import parquet
     except ImportError as e:
         raise ValueError(f'{path}: parquet needs pyarrow; install it with: pip install -e ".[parquet]"') from e
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as e:
+        return parquet.read_table(path).to_pylist()
+    except (ValueError, OSError) as e:  # pyarrow's own, without the file
         raise ValueError(f"{path}: not an intact parquet file ({e}); fetch it again") from e

@@ -8,9 +8,8 @@ T tokens of a packed row, P places in it that predict, N predictions, V vocabula
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,9 +34,7 @@ class Item:
     doc_id: int
     context: str
     choices: tuple[str, ...]  # without the blank before each
-    gold: (
-        int | tuple[int, ...]
-    )  # the right choice (one beyond the choices: none is), or a label of each, 1 right, 0 wrong
+    gold: int | tuple[int, ...]  # the right choice (beyond the choices: none is), or of each choice 1 right, 0 wrong
     metrics: tuple[str, ...] = ("acc", "acc_norm")
 
     @property
@@ -71,149 +68,117 @@ def pooled(parts: list[dict]) -> dict:
     parts = [part for part in parts if part["n"]]
     if not parts:
         return {"n": 0}
-    n = np.array([part["n"] for part in parts])
-    acc, error = float((n * [part["acc"] for part in parts]).sum() / n.sum()), None
+    n, error = np.array([part["n"] for part in parts]), None
+    acc = float((n * [part["acc"] for part in parts]).sum() / n.sum())
     if n.sum() > len(n):
         e = np.array([part["acc_stderr"] or 0.0 for part in parts])
         error = math.sqrt(((n - 1) * n * e**2).sum() / (n.sum() - len(n)) / n.sum())
     return {"n": int(n.sum()), "acc": acc, "acc_stderr": error}
 
 
-# Text to tokens.
-
-
 class Encoder:
-    """Prompts to token ids, with a BOS in front never, always, or where tokenizer.json puts one (auto).
-
-    Raises:
-        ValueError: with auto, a tokenizer.json that also appends a token: no continuation would follow its context.
-    """
+    """Prompts to token ids, with a BOS in front never, always, or where tokenizer.json puts one (auto)."""
 
     def __init__(self, tokenizer: Tokenizer, bos: str = "never"):
-        self.tokenizer, self.bos = tokenizer, bos
-        self.backend = tokenizer.backend
+        self.tokenizer, self.bos, self.backend = tokenizer, bos, tokenizer.backend
         self.backend.encode_special_tokens = False  # a prompt that spells "<|end_of_text|>" means the token
-        if bos == "auto" and self(["a"])[0][-1:] != self.backend.encode("a", add_special_tokens=False).ids[-1:]:
+        if bos == "auto" and self(["a"])[0][-1:] != self.bare("a")[-1:]:
             file = tokenizer.folder / "tokenizer.json"
             raise ValueError(f"{file}: puts a token behind every text; score with --bos always or never")
+
+    def bare(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text; a text that spells the BOS itself gets no other."""
         found = [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=self.bos == "auto")]
-        if self.bos == "never":
-            return found
-        bare = [i for i, text in enumerate(texts) if text.startswith(self.tokenizer.bos_token)]
-        if self.bos == "always":
-            spelled = set(bare)
-            return [ids if i in spelled else [self.tokenizer.bos, *ids] for i, ids in enumerate(found)]
-        for i, e in zip(bare, self.backend.encode_batch_fast([texts[i] for i in bare], add_special_tokens=False)):
-            found[i] = e.ids
+        for i, text in enumerate(texts if self.bos != "never" else ()):
+            if text.startswith(self.tokenizer.bos_token):
+                found[i] = self.bare(text)
+            elif self.bos == "always":
+                found[i] = [self.tokenizer.bos, *found[i]]
         return found
 
-    def pairs(self, requests: Iterable[tuple[str, str]]) -> Iterator[Pair]:
+    def pairs(self, requests: list[tuple[str, str]]) -> Iterator[Pair]:
         """(context, continuation) of each request, in tokens.
 
         White space at the end of a context moves to the continuation. The continuation's tokens are tokens(context +
         continuation)[len(tokens(context)):]; if a merge spans the boundary, the two parts do not concatenate to
         tokens(context + continuation). A context without tokens, which no benchmark here has, becomes a BOS.
         """
-        requests = iter(requests)
-        while chunk := list(islice(requests, ENCODED_AT_ONCE)):
-            contexts = {context: context.rstrip() for context, _ in chunk}
-            ids = dict(zip(contexts, self(list(contexts.values()))))
+        for start in range(0, len(requests), ENCODED_AT_ONCE):
+            chunk = requests[start : start + ENCODED_AT_ONCE]
+            contexts = list(dict.fromkeys(context for context, _ in chunk))
+            ids = dict(zip(contexts, self([context.rstrip() for context in contexts])))
             for (context, continuation), both in zip(chunk, self(["".join(request) for request in chunk])):
                 head, tail = ids[context], both[len(ids[context]) :]
                 if not context:
-                    head, tail = [], self.backend.encode(continuation, add_special_tokens=False).ids
+                    head, tail = [], self.bare(continuation)
                 if not head:  # a continuation that begins with the BOS brings its own
                     head, tail = [self.tokenizer.bos], tail[tail[:1] == [self.tokenizer.bos] :]
                 yield packed(head), tail
 
-    def item_pairs(self, items: list[Item], name: str = "items") -> list[Pair]:
-        """The pair of each choice of each item, in order."""
-        requests = [(item.context, choice) for item in items for choice in item.asked["continuations"]]
-        return list(tqdm(self.pairs(requests), f"{name}: tokens", len(requests), disable=None, leave=False))
-
-
-# Scores.
-
 
 @torch.inference_mode()
-def log_likelihoods(
-    model: Llama, pairs: list[Pair], max_tokens: int | None = None, name: str = "scoring"
-) -> tuple[np.ndarray, np.ndarray]:
+def log_likelihoods(model: Llama, pairs: list[Pair], max_tokens=None, name="scoring") -> tuple[np.ndarray, np.ndarray]:
     """Σ log p(token) of each request's continuation after its context, and whether greedy decoding would write it.
 
-    Args:
-        pairs:      requests in tokens; one too long for the model's window loses its left end.
-        max_tokens: of a packed row; None: 4,096 on a CPU, 65,536 on a GPU.
-
-    Returns:
-        (requests,) float64 nats, and (requests,) bool. Softmax and sum run in float32 and above, whatever the dtype.
-
-    Raises:
-        ValueError: a continuation longer than the model's window; scores that are not finite.
+    A request too long for the model's window loses its left end. `max_tokens` of a packed row: None is 4,096 on a CPU,
+    65,536 on a GPU. Returns (requests,) float64 nats and (requests,) bool. Softmax and sum run in float32 and above.
     """
     device = model.lm_head.weight.device
     plan = pack(pairs, model.cfg.max_position_embeddings, max_tokens or (4_096 if device.type == "cpu" else 65_536))
-    score = torch.zeros(len(pairs), dtype=torch.float64)
-    wrong = torch.zeros(len(pairs), dtype=torch.float64)  # tokens that greedy decoding would not write
+    score, wrong = torch.zeros(2, len(pairs), dtype=torch.float64)  # wrong: tokens that greedy would not write
     memory = None
-    with tqdm(desc=name, total=sum(row.questions for row in plan), unit="item", disable=None, leave=False) as bar:
-        for row in plan:
-            memory = memory if row.continued else None
-            tree = Tree([*map(len, row.tokens)], row.parents, memory, row.keep, device)
-            tokens = torch.from_numpy(np.concatenate(row.tokens[row.continued :]))[None].to(device)  # (1, T)
-            at, targets, owners = torch.tensor(row.predictions).T  # (N,) each
-            log_p, greedy = predict(model(tokens, tree)[0], model.lm_head.weight, at, targets)
-            memory = tree.kept
-            score.index_add_(0, owners, log_p.double().cpu())
-            wrong.index_add_(0, owners, (~greedy).double().cpu())
-            bar.update(row.questions)
+    for row in tqdm(plan, name, unit="row", disable=None, leave=False):
+        memory = memory if row.continued else None
+        tree = Tree([*map(len, row.tokens)], row.parents, memory, row.keep, device)
+        tokens = torch.from_numpy(np.concatenate(row.tokens[row.continued :]))[None].to(device)  # (1, T)
+        at, targets, owners = torch.tensor(row.predictions).T  # (N,) each
+        log_p, greedy = predict(model(tokens, tree)[0], model.lm_head.weight, at, targets)
+        memory = tree.kept
+        score.index_add_(0, owners, log_p.double().cpu())
+        wrong.index_add_(0, owners, (~greedy).double().cpu())
     if bad := int((~score.isfinite()).sum()):
-        found = f"{bad:,} of {len(pairs):,} log-likelihoods are not finite"
-        raise ValueError(f"{name}: {found}; has the model diverged?")
+        raise ValueError(f"{name}: {bad:,} of {len(pairs):,} log-likelihoods are not finite; has the model diverged?")
     return score.numpy(), (wrong == 0).numpy()
 
 
 def predict(hidden: Tensor, head: Tensor, at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """log p(target) after the hidden state at each place, and whether the target has the highest logit.
 
-    Args:
-        hidden: (T, D); head: (V, D); at, targets: (N,) int64 places in the row and token ids, on the CPU.
-
-    Returns:
-        (N,) float32 nats, (N,) bool. Logits are always float32: in bfloat16 many would be equal.
+    (T, D) hidden, (V, D) head, (N,) places in the row and token ids, both on the CPU -> (N,) float32 nats, (N,) bool.
+    Logits are always float32: in bfloat16 many would be equal.
     """
     device, float32 = hidden.device, torch.float32 in (hidden.dtype, head.dtype) or not hidden.is_cuda
-    places, which = at.unique(return_inverse=True)  # (P,), (N,)
-    order = which.argsort(stable=True)
-    which, target = which[order].to(device), targets[order].to(device)
+    places, which = (x.to(device) for x in at.unique(return_inverse=True))  # (P,), (N,)
+    targets = targets.to(device)
     log_p, greedy = torch.empty(len(at), device=device), torch.empty(len(at), dtype=torch.bool, device=device)
-    hidden, head = hidden[places.to(device)], head.float() if float32 else head  # (P, D), (V, D)
+    hidden, head = hidden[places], head.float() if float32 else head  # (P, D), (V, D)
     chunk = max(128, 2 ** (27 if hidden.is_cuda else 20) // len(head))
     for start in range(0, len(places), chunk):
         x = hidden[start : start + chunk]
         logits = x.float() @ head.T if float32 else torch.mm(x, head.T, out_dtype=torch.float32)  # (chunk, V)
-        mine = slice(*torch.searchsorted(which, torch.tensor([start, start + chunk], device=device)).tolist())
-        row = which[mine] - start
+        mine = ((start <= which) & (which < start + chunk)).nonzero()[:, 0]  # the predictions from these places
+        row, target = which[mine] - start, targets[mine]
         highest, best = logits.max(1)  # (chunk,)
-        greedy[mine] = best[row] == target[mine]
-        target_logit = logits[row, target[mine]]
+        greedy[mine] = best[row] == target
+        target_logit = logits[row, target]
         log_sum_exp = highest + logits.sub_(highest[:, None]).exp_().sum(1).log()  # (chunk,), in place to save memory
         log_p[mine] = target_logit - log_sum_exp[row]
-    back = order.argsort()
-    return log_p[back], greedy[back]
+    return log_p, greedy
 
 
 def score(
-    model: Llama, encoder: Encoder, items: list[Item], max_tokens: int | None = None, ranks=ALONE, name: str = "scoring"
+    model: Llama, encoder: Encoder, items: list[Item], max_tokens=None, ranks=ALONE, name="scoring"
 ) -> list[dict]:
     """Each item's log-likelihoods, greedy flags and metrics, on every rank; the items of one `doc_id` share a rank."""
 
     def work() -> list[dict]:
         mine = [item for item in items if item.doc_id % ranks.size == ranks.rank]
-        found, out = log_likelihoods(model, encoder.item_pairs(mine, name), max_tokens, name), []
+        asked = [(item.context, choice) for item in mine for choice in item.asked["continuations"]]
+        pairs = tqdm(encoder.pairs(asked), f"{name}: tokens", len(asked), disable=None, leave=False)
+        found, out = log_likelihoods(model, list(pairs), max_tokens, name), []
         ends = np.cumsum([len(item.choices) for item in mine])[:-1]
         for item, values, greedy in zip(mine, *(np.split(x, ends) for x in found)):
             scores = {"loglikelihoods": values.tolist(), "greedy": greedy.tolist()}

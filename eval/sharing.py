@@ -41,9 +41,6 @@ def unpacked(context: bytes) -> np.ndarray:
     return np.frombuffer(context, ">i4")
 
 
-# Requests to rows.
-
-
 @dataclass
 class PackedRow:
     """A packed row as it grows: its segments, and which hidden states predict what for which request."""
@@ -52,7 +49,6 @@ class PackedRow:
     parents: list[int] = field(default_factory=list)  # of each segment, -1 without one
     predictions: list[tuple[int, int, int]] = field(default_factory=list)  # (place in the row, token, request)
     size: int = 0  # tokens in the row
-    questions: int = 0  # contexts in the row
     continued: bool = False  # segment 0 is the previous row's `keep`: remembered, not in this row
     keep: int | None = None  # the segment whose keys and values the next row reuses
 
@@ -65,7 +61,7 @@ class PackedRow:
     def ask(self, context: np.ndarray, continuations: dict[tuple[int, ...], list[int]], parent: int) -> None:
         """Add a question. The context's last state predicts each first token, a continuation's own states the rest."""
         segment, tails = self.add(context, parent), defaultdict(list)
-        last, self.questions = self.size - 1, self.questions + 1
+        last = self.size - 1
         for continuation, owners in continuations.items():
             self.predictions += [(last, continuation[0], i) for i in owners]
             if len(continuation) > 1:
@@ -93,16 +89,16 @@ def pack(pairs: list[Pair], window: int, max_tokens: int) -> list[PackedRow]:
     groups = [(header, sorted(group, key=cost, reverse=True)) for header, group in families(sorted(found.items()))]
     out = [PackedRow()]
     for header, family in sorted(groups, key=lambda group: cost(group[1][0]), reverse=True):
-        above = None  # the header's segment in this row
+        above = -1  # the header's segment in this row, once it is there
         for question in family:
-            ids, row = unpacked(question[0]), out[-1]
-            if row.size and row.size + cost(question) - (header if above is not None else 0) > max_tokens:
-                row.keep = above
-                out.append(PackedRow() if above is None else PackedRow([row.tokens[above]], [-1], continued=True))
-                above, row = None if above is None else 0, out[-1]
-            if header and above is None:
-                above = row.add(ids[:header], -1)
-            row.ask(ids[header:], question[1], -1 if above is None else above)
+            context, row = unpacked(question[0]), out[-1]
+            if row.size and row.size + cost(question) - (header if above >= 0 else 0) > max_tokens:
+                row.keep = above if above >= 0 else None
+                out.append(PackedRow() if above < 0 else PackedRow([row.tokens[above]], [-1], continued=True))
+                above, row = min(above, 0), out[-1]  # a remembered header is the first segment
+            if header and above < 0:
+                above = row.add(context[:header], -1)
+            row.ask(context[header:], question[1], above)
     return [row for row in out if row.size]
 
 
@@ -118,7 +114,8 @@ def families(found: list[Question]) -> Iterator[tuple[int, list[Question]]]:
         else:
             yield header, family
             family, header = [question], 0
-    yield from [(header, family)] if family else []
+    if family:
+        yield header, family
 
 
 def shared(a: bytes, b: bytes) -> int:
@@ -133,17 +130,10 @@ def cost(question: Question) -> int:
     return len(question[0]) // 4 + sum(len(continuation) - 1 for continuation in question[1])
 
 
-# How a row attends.
-
-
 class Tree:
-    """The layout of a packed row, for one forward.
+    """The layout of a packed row, for one forward: how long each segment is, and which it follows (-1: none).
 
-    Args:
-        lengths: tokens of each segment, in depth-first order.
-        parents: the segment that each follows, or -1.
-        memory:  keys and values of segment 0, which then is not in the row.
-        keep:    a segment whose keys and values are left in `kept`.
+    With a `memory`, the keys and values of segment 0, that is not in the row. `kept` holds those of segment `keep`.
     """
 
     def __init__(self, lengths: list[int], parents: list[int], memory: Memory | None = None, keep=None, device="cpu"):
@@ -177,9 +167,8 @@ class Tree:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (1, H, P + T, hd)
         return self.by_masks(q, k, v)
 
-    # By masks: on a CPU, and in float32.
-
     def by_masks(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """On a CPU, and in float32: a piece of the row at a time."""
         y, grouped = torch.empty_like(q), k.shape[1] != q.shape[1]
         for above, start, stop, mask in self.pieces:
             seen = [*above, (start, stop)]
@@ -191,13 +180,13 @@ class Tree:
     @cached_property
     def pieces(self) -> list[tuple[list[tuple[int, int]], int, int, Tensor | None]]:
         """The row cut into stretches that attend separately: (key ranges of all ancestors, start, stop, mask)."""
-        out, above, s = [], {-1: [], 0: [(0, self.past)]}, self.first
-        while s < len(self.lengths):
+        out, above, s, end = [], {-1: [], 0: [(0, self.past)]}, self.first, len(self.lengths)
+        while s < end:
             over, first, start, stop = above[self.parents[s]], s, self.starts[s], self.ends[s]
             if stop - start > SMALL:  # the segment alone; its descendants follow as pieces of their own
                 stop = self.starts[s + 1]
                 above[s] = [*over, (start, stop)]
-            while s < len(self.lengths) and self.starts[s] < stop:
+            while s < end and self.starts[s] < stop:
                 s += 1
             out.append((over, start, stop, self.mask(first, s, sum(b - a for a, b in over))))
         return out
@@ -212,10 +201,8 @@ class Tree:
         own = (token <= token[:, None]) & (token[:, None] < end)  # (T', T')
         return torch.cat([torch.ones(len(token), above, dtype=torch.bool), own], 1).to(self.device)
 
-    # By the variable-length kernel: on a GPU.
-
     def by_levels(self, q: Tensor, k: Tensor, v: Tensor, varlen) -> Tensor:
-        """Each segment over itself, then over its ancestors, a level at a time; log-sum-exps join the parts."""
+        """On a GPU: each segment over itself, then its ancestors, a level at a time; log-sum-exps join the parts."""
         from torch.nn.attention.varlen import AuxRequest
 
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T or P + T, H or K, hd)
@@ -236,8 +223,7 @@ class Tree:
 
     @cached_property
     def levels(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor, int, int]]:
-        """For each depth: queries of all descendants of its segments and keys of its segments, (T',) each; the bounds
-        of both by segment, and the longest of each."""
+        """For each depth: descendants of its segments (queries), its segments (keys), bounds and longest of both."""
         depth, levels, out = {-1: -1}, defaultdict(list), []
         for s, parent in enumerate(self.parents):
             depth[s] = depth[parent] + 1

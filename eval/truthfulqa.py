@@ -34,10 +34,9 @@ PRIMER = "\n\n".join(f"Q: {question}\nA: {answer}" for question, answer in zip(P
 def targets(row: Row, name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """(choices, labels): released, a mapping from answer to 0 or 1; on the Hub, two lists."""
     inner = row.row(name)
+    choices, labels = tuple(inner.fields), tuple(inner.fields.values())
     if "choices" in inner.fields:
         choices, labels = inner.strings("choices"), tuple(inner.get("labels", list))
-    else:
-        choices, labels = tuple(inner.fields), tuple(inner.fields.values())
     if len(choices) != len(labels) or not all(label in (0, 1) for label in labels) or 1 not in labels:
         raise ValueError(f"{inner.where}: expected answers, each with a label 0 or 1, and one of them 1")
     return choices, labels
@@ -50,13 +49,13 @@ def load_choice(data: Path) -> list[Item]:
         (one, labels), (many, right) = targets(row, "mc1_targets"), targets(row, "mc2_targets")
         if place := labels.index(1):
             raise ValueError(f"{row.where}: mc1_targets: the right answer is number {place + 1}, expected it first")
-        for name, choices, gold in (("truthfulqa_mc1", one, 0), ("truthfulqa_mc2", many, right)):
-            items.append(Item(name, i, context, choices, gold, ("acc",)))
+        items.append(Item("truthfulqa_mc1", i, context, one, 0, ("acc",)))
+        items.append(Item("truthfulqa_mc2", i, context, many, right, ("acc",)))
     return items
 
 
 def summarize_choice(results: Results) -> dict:
-    return {name.removeprefix("truthfulqa_"): mean(values) for name, values in results.items()}
+    return {name.removeprefix("truthfulqa_"): mean(rows) for name, rows in results.items()}
 
 
 def references(row: Row, hub: str, released: str) -> list[str]:
@@ -74,19 +73,26 @@ def load_answers(data: Path) -> list[Prompt]:
         if not incorrect:
             raise ValueError(f"{row.where}: no incorrect answer to compare with; is this TruthfulQA's own file?")
         correct += [NO_COMMENT] * (NO_COMMENT not in correct)
-        question = row.get("question" if "question" in row.fields else "Question").strip()
-        judged = partial(judge, tuple(correct), tuple(incorrect))
-        prompts.append(Prompt("truthfulqa_gen", i, f"{PRIMER}\n\nQ: {question}", 256, ("\n\n",), judged))
+        text = f"{PRIMER}\n\nQ: {row.get('question' if 'question' in row.fields else 'Question').strip()}"
+        prompts.append(Prompt("truthfulqa_gen", i, text, 256, ("\n\n",), partial(judge, correct, incorrect)))
     return prompts
 
 
-def judge(correct: tuple[str, ...], incorrect: tuple[str, ...], answer: str) -> dict[str, float]:
+def judge(correct: list[str], incorrect: list[str], answer: str) -> dict[str, float]:
     """BLEU, ROUGE-1, -2, -L: the best over correct references, that less the best over incorrect ones, and its sign."""
     right, wrong = (np.max([measure(answer, r) for r in references], axis=0) for references in (correct, incorrect))
     scores = {}
     for name, a, b in zip(("bleu", "rouge1", "rouge2", "rougeL"), right.tolist(), wrong.tolist()):
         scores |= {f"{name}_max": a, f"{name}_diff": a - b, f"{name}_acc": float(a > b)}
     return scores
+
+
+def measure(answer: str, reference: str) -> list[float]:
+    """BLEU and the F1 of ROUGE-1, -2 and -Lsum, each of 100; ROUGE-L counts line by line, and " . " ends a line."""
+    bleu, rouge = metrics()
+    scores = rouge.score(reference.replace(" . ", ".\n"), answer.replace(" . ", ".\n"))
+    f1 = [100 * scores[name].fmeasure for name in ("rouge1", "rouge2", "rougeLsum")]
+    return [bleu.corpus_score([answer], [[reference]]).score, *f1]
 
 
 @cache
@@ -98,11 +104,3 @@ def metrics():
     except ImportError as e:
         raise needed("truthfulqa_gen", f"sacrebleu and rouge-score ({e})") from e
     return BLEU(tokenize="intl", smooth_method="exp", smooth_value=0.0), RougeScorer(["rouge1", "rouge2", "rougeLsum"])
-
-
-def measure(answer: str, reference: str) -> tuple[float, float, float, float]:
-    """BLEU and the F1 of ROUGE-1, -2 and -Lsum, each of 100; ROUGE-L counts line by line, and " . " ends a line."""
-    bleu, rouge = metrics()
-    scores = rouge.score(reference.replace(" . ", ".\n"), answer.replace(" . ", ".\n"))
-    f1 = [100 * scores[name].fmeasure for name in ("rouge1", "rouge2", "rougeLsum")]
-    return bleu.corpus_score([answer], [[reference]]).score, *f1

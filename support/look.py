@@ -35,7 +35,7 @@ from support.llmlingua2 import LLMLINGUA2, Classifier, keep_scores, need_transfo
 from support.named import named
 from support.ranks import command
 from support.recipes import RECIPES
-from support.scores import cheap, check_reference, corpus_nll
+from support.scores import without_model, check_reference, corpus_nll
 
 NAMES = tuple(name for name in groupers.NAMES if name != "none")
 
@@ -66,7 +66,7 @@ def views(args: argparse.Namespace, corpus: Corpus, samples: np.ndarray, tokeniz
         elif name == "llmlingua2":  # reads each answer by itself, so the other samples are not needed
             scores = keep_scores(chosen, Classifier(resolve(args.llmlingua_model), device()))
         else:
-            scores = cheap(name, corpus, args.seed)[at]
+            scores = without_model(name, corpus, args.seed)[at]
         important = groupers.important(torch.from_numpy(scores), mask, doc_ids, args.eta).numpy()
         rank = np.full(len(scores), np.nan)
         for a, b in zip(chosen.starts, chosen.starts[1:]):

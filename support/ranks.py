@@ -87,8 +87,8 @@ class Ranks:
             dist.all_reduce(t)
         return t
 
-    def sums(self) -> Callable[[Tensor], Tensor]:
-        """`sum` for one step: before the first, wait for all ranks; rank 0 names those that do not come in time."""
+    def reducer(self) -> Callable[[Tensor], Tensor]:
+        """`sum` for one step: before its first, wait for all ranks; rank 0 names those that do not come in time."""
         met = self.size == 1
 
         def reduce(t: Tensor) -> Tensor:

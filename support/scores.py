@@ -29,7 +29,7 @@ from support.ranks import Ranks
 from support.report import share
 
 
-def cheap(grouper: str, corpus: Corpus, seed: int) -> np.ndarray | None:
+def without_model(grouper: str, corpus: Corpus, seed: int) -> np.ndarray | None:
     """The prior of a grouper that takes no model, (tokens,) float32; None for one that does."""
     if grouper in ("llmlingua2", "rho1"):
         return None
@@ -42,7 +42,7 @@ def cheap(grouper: str, corpus: Corpus, seed: int) -> np.ndarray | None:
     return scores.astype(np.float32)
 
 
-def by_model(cfg, corpus: Corpus, cache: Path, ranks: Ranks) -> np.ndarray:
+def with_model(cfg, corpus: Corpus, cache: Path, ranks: Ranks) -> np.ndarray:
     """The prior of llmlingua2 or rho1, (tokens,) float32: keep probabilities, or the reference's nats."""
     if cfg.grouper == "llmlingua2":
 

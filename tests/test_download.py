@@ -174,6 +174,6 @@ def test_parquet_without_pyarrow_is_said_before_anything_is_fetched(tmp_path, mo
     from eval import download, hellaswag
 
     monkeypatch.setattr(download, "find_spec", lambda name: None)
-    monkeypatch.setattr("huggingface_hub.HfApi", partial(pytest.fail, "asked the Hub"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", partial(pytest.fail, "asked the Hub"))
     with pytest.raises(ValueError, match=r'pip install -e "\.\[parquet\]"'):
         download.fetch(hellaswag.VALIDATION, tmp_path)

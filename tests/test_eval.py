@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Barrier
 
@@ -20,7 +21,7 @@ from tiny import tiny_folder
 import eval.__main__ as command
 from eval import arc_challenge, hellaswag, mathqa, mmlu, openbookqa, results, score, truthfulqa
 from eval.benchmarks import BENCHMARKS, task_names
-from eval.generate import Stopper, end_tokens, respond, trimmed
+from eval.generate import end_tokens, respond, stopped, trimmed
 from eval.rows import Row, Source, read_file
 from eval.score import Encoder, Item, log_likelihoods, mean, pooled, predict
 from eval.sharing import Tree, pack, packed, unpacked
@@ -507,15 +508,9 @@ def test_rows_that_have_ended_leave_the_batch_and_change_no_other(tiny):
 def test_stop_strings_are_found_across_tokens():
     pieces = {0: "a", 1: "\n", 2: "\nb", 3: "END", 4: " of"}
 
-    class Bar:
-        def update(self, n):
-            pass
-
-    def stopped(tokens, stops):
-        return Stopper(stops, lambda ids: "".join(pieces[i] for i in ids), Bar())(tokens)
-
-    assert stopped([0, 1, 2], ("\n\n",)) and not stopped([0, 1, 0, 2], ("\n\n",)) and not stopped([0, 1, 2], ())
-    assert stopped([0] * 30 + [3, 4], ("x", "END of")) and not stopped([3, 0, 4], ("END of",))
+    ended = partial(stopped, decode=lambda ids: "".join(pieces[i] for i in ids))
+    assert ended([0, 1, 2], ("\n\n",)) and not ended([0, 1, 0, 2], ("\n\n",)) and not ended([0, 1, 2], ())
+    assert ended([0] * 30 + [3, 4], ("x", "END of")) and not ended([3, 0, 4], ("END of",))
     assert trimmed("one. two", (".", "e", "")) == "on"
     assert trimmed("\n\nrest", ("\n\n",)) == ""
 

@@ -14,7 +14,7 @@ import groupers
 from data import END, PROMPT, RESPONSE, TEMPLATE, Corpus, load_corpus, micro_batches
 from groupers import cut, important, labeller
 from published.tokenizer import Tokenizer
-from support.scores import cheap
+from support.scores import without_model
 
 LIMA = SHARED / "data" / "lima" / "train.jsonl.gz"
 
@@ -34,7 +34,7 @@ def sentence(*ids):
 def groups(grouper, corpus, *etas, seed=0) -> np.ndarray:
     """The group of every token of a corpus, (tokens,) int."""
     mask, doc_ids = torch.from_numpy(corpus.loss_mask), torch.from_numpy(corpus.doc_ids)
-    return cut(torch.from_numpy(cheap(grouper, corpus, seed)), mask, doc_ids, etas).numpy()
+    return cut(torch.from_numpy(without_model(grouper, corpus, seed)), mask, doc_ids, etas).numpy()
 
 
 def plain_loop(scores, loss_mask, doc_ids, eta):
@@ -145,7 +145,7 @@ def test_no_grouper_reads_or_moves_a_global_random_state():
 def test_every_grouper_without_a_model_scores_each_token_before_the_first_step():
     corpus = corpus_of(sentence(1, 2, 3), sentence(1, 4, 4))
     for name in {*groupers.NAMES} - {"llmlingua2", "rho1"}:
-        scores = cheap(name, corpus, 0)
+        scores = without_model(name, corpus, 0)
         assert scores.dtype == np.float32 and scores.shape == corpus.ids.shape
         assert np.isneginf(scores[(corpus.kind == TEMPLATE) | (corpus.kind == END)]).all()
         assert groups(name, corpus, 0.5).any() == (name in groupers.ONCE), "of none and loss, no token is important yet"
@@ -167,7 +167,7 @@ def test_a_score_made_once_travels_with_its_token_and_the_losses_change_nothing(
 @pytest.mark.fast
 def test_the_loss_grouper_labels_the_highest_losses_of_each_sample():
     corpus = corpus_of(sentence(1, 2, 3), sentence(4, 5, 6))
-    (batch,) = micro_batches(corpus, cheap("loss", corpus, 0), np.arange(2), 64)
+    (batch,) = micro_batches(corpus, without_model("loss", corpus, 0), np.arange(2), 64)
     nll = torch.tensor([9.0, 0.1, 0.2, 0.3, 0.0, 9.0, 5.0, 4.0, 6.0, 1.0])  # prompt, 3 words, end; twice
     assert labeller("loss", (0.7,))(nll, batch).tolist() == [0, 0, 0, 1, 0] * 2
 

@@ -315,10 +315,10 @@ MISTAKES = {
     "lam below 0": ("lam is -0.1", lambda: sft_go_loss(ROW, ALL, ALL, -0.1)),
     "lam is nan": ("lam is nan", lambda: sft_go_loss(ROW, ALL, ALL, math.nan)),
     "a mask of input ids": (
-        r"\(2, 4\), group \(2, 4\), loss_mask \(2, 5\).*first column",
+        r"\(2, 4\), group \(2, 4\), loss_mask \(2, 5\).*shifted first",
         lambda: group_sums(ROW, ALL, torch.ones(2, 5)),
     ),
-    "a group of input ids": (r"group \(2, 5\).*first column", lambda: group_sums(ROW, torch.ones(2, 5), ALL)),
+    "a group of input ids": (r"group \(2, 5\).*shifted first", lambda: group_sums(ROW, torch.ones(2, 5), ALL)),
     "shapes that would broadcast": (r"group \(4,\), loss_mask \(2, 4\)", lambda: group_sums(ROW, ALL[0], ALL)),
     "a mask of ones and zeros": ("torch.int64: .* a bool mask", lambda: group_sums(ROW, ALL, ALL.long())),
     "a label above the last group": ("labels outside 0 ... 1: there are 2", lambda: group_sums(ROW, LABELS + 2, ALL)),

@@ -188,7 +188,7 @@ def test_any_cut_into_micro_batches_gives_the_gradient_of_the_whole_step(model_a
     model, corpus = model_and_corpus
     chosen, lam, etas = OBJECTIVES[case]
     objective, label, groups = partial(chosen, lam=lam), groupers.labeller(grouper, etas), len(etas) + 1
-    prior = scores.cheap(grouper, corpus, 0) if grouper != "rho1" else scores.corpus_nll(reference, corpus, 512)
+    prior = scores.without_model(grouper, corpus, 0) if grouper != "rho1" else scores.corpus_nll(reference, corpus, 512)
 
     (whole,) = cut(corpus, prior, 1)  # the definition: one batch, full logits, one graph
     hidden = model(whole.tokens, whole.layout)[0]
@@ -269,7 +269,7 @@ def test_a_model_that_is_its_own_reference_has_no_excess_at_all(model_and_corpus
 def test_several_micro_batches_get_a_look_first_unless_the_price_is_constant(model_and_corpus, pieces, constant, runs):
     (model, corpus), calls = model_and_corpus, []
     model.register_forward_hook(lambda *a: calls.append(torch.is_grad_enabled()))
-    batches = cut(corpus, scores.cheap("none", corpus, 0), pieces)
+    batches = cut(corpus, scores.without_model("none", corpus, 0), pieces)
     train.step(model, batches, cross_entropy, LABELLED_NONE, constant_price=constant)
     assert calls == runs
 
@@ -278,7 +278,7 @@ def test_several_micro_batches_get_a_look_first_unless_the_price_is_constant(mod
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_a_token_keeps_the_group_of_the_first_look(model_and_corpus, pieces):
     model, corpus = model_and_corpus
-    batches, label, calls = cut(corpus, scores.cheap("none", corpus, 0), pieces), groupers.labeller("loss", (0.7,)), []
+    batches, label, calls = cut(corpus, scores.without_model("none", corpus, 0), pieces), groupers.labeller("loss", (0.7,)), []
     train.step(model, batches, partial(sft_go, lam=0.5), lambda *a: calls.append(a) or label(*a))
     assert len(calls) == pieces and all(batch.group is not None for batch in batches)
     assert not any(nll.requires_grad for nll, _ in calls)
@@ -288,7 +288,7 @@ def test_a_token_keeps_the_group_of_the_first_look(model_and_corpus, pieces):
 @pytest.mark.parametrize("lam", [0.0, 0.7])
 def test_scope_micro_batch_is_the_token_weighted_mean_of_each_cuts_own_loss(model_and_corpus, lam):
     model, corpus = model_and_corpus
-    label, prior = groupers.labeller("tfidf", (0.7,)), scores.cheap("tfidf", corpus, 0)
+    label, prior = groupers.labeller("tfidf", (0.7,)), scores.without_model("tfidf", corpus, 0)
     batches = cut(corpus, prior, 3)
     total, expected = sum(int(b.loss_mask.sum()) for b in batches), 0.0
     for b in batches:
@@ -340,7 +340,7 @@ def test_training_follows_the_objective_it_is_given(objective, learnt):
 @pytest.mark.fast
 def test_a_prompt_token_moves_no_weight(model_and_corpus):
     model, corpus = model_and_corpus
-    (batch,) = cut(corpus, scores.cheap("none", corpus, 0), 1)
+    (batch,) = cut(corpus, scores.without_model("none", corpus, 0), 1)
     other = torch.where(batch.loss_mask, batch.targets, (batch.targets + 1) % model.cfg.vocab_size)
     assert not torch.equal(other, batch.targets)
     train.step(model, [batch], partial(sft_go, lam=0.5), LABELLED_NONE)
@@ -670,7 +670,7 @@ def test_the_plan_counts_what_the_corpus_holds(folder, rows, model_and_corpus, c
     run(folder, rows, "--dry-run")
     (model, corpus), said = model_and_corpus, plan(capsys)
     mask, doc_ids = torch.from_numpy(corpus.loss_mask), torch.from_numpy(corpus.doc_ids)
-    important = groupers.important(torch.from_numpy(scores.cheap("tfidf", corpus, 0)), mask, doc_ids, 0.9)
+    important = groupers.important(torch.from_numpy(scores.without_model("tfidf", corpus, 0)), mask, doc_ids, 0.9)
     assert said["method"].endswith(f" {important.sum() / mask.sum():.1%} of the supervised tokens important")
     positions = int(sum(sorted(corpus.lengths - 1)[-4:]))  # the longest batch, which fits into one micro-batch
     assert f"micro-batches of up to {positions} tokens" in said["steps"]
@@ -1245,7 +1245,7 @@ def test_the_memory_estimate_is_near_what_a_forward_leaves_for_backward(D, ff, h
 @pytest.mark.fast
 def test_the_memory_estimate_of_weights_gradients_and_optimizer_is_what_they_hold(model_and_corpus):
     model, corpus = model_and_corpus
-    train.step(model, cut(corpus, scores.cheap("none", corpus, 0), 1), cross_entropy, LABELLED_NONE)
+    train.step(model, cut(corpus, scores.without_model("none", corpus, 0), 1), cross_entropy, LABELLED_NONE)
     optimizer = torch.optim.AdamW(model.parameters())
     optimizer.step()
     states = [s for p in model.parameters() for s in (p, p.grad, *optimizer.state[p].values()) if s.ndim]
@@ -1279,7 +1279,7 @@ def test_the_loss_of_a_lima_batch_is_the_number_transformers_gives():
     model = Llama.from_pretrained(base)
     corpus = data.load_corpus(lima, Tokenizer(base, model.cfg.vocab_size), "auto", 1024)
     samples = data.epoch_order(len(corpus), 8, 0, 0)[0]
-    batches = data.micro_batches(corpus, scores.cheap("none", corpus, 0), samples, 2048)
+    batches = data.micro_batches(corpus, scores.without_model("none", corpus, 0), samples, 2048)
     assert len(batches) > 1
     with torch.no_grad():
         nats = sum(float(batch.nll(model).double().sum()) for batch in batches)
