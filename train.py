@@ -58,7 +58,8 @@ OBJECTIVES = {f.__name__: f for f in (sftgo.sft_go, sftgo.cross_entropy, sftgo.i
 
 UNIT = (lambda x: 0 <= x <= 1), "in [0, 1]"
 BELOW_ONE = (lambda x: 0 <= x < 1), "in [0, 1)"
-POSITIVE, NOT_NEGATIVE = ((lambda x: 0 < x < 2**31), "above 0, below 2^31"), ((lambda x: 0 <= x < 2**31), "0 to 2^31")
+POSITIVE = (lambda x: 0 < x < 2**31), "above 0, below 2^31"
+NOT_NEGATIVE = (lambda x: 0 <= x < 2**31), "0 or above, below 2^31"
 NAMES, SCOPES, SHARDS = ("list", *RECIPES), ("step", "micro_batch"), ("fsdp", "ddp")
 SCHEDULES, COMPUTE_DTYPES = ("cosine", "linear", "constant"), ("bfloat16", "float32")
 

@@ -90,7 +90,6 @@ def test_a_virtual_environment_comes_before_pip():
     assert re.search(r'^pip install -e ".*" && pytest$', README, re.MULTILINE), ".ci/run looks for this line"
 
 
-@pytest.mark.fast
 def test_the_readmes_plan_is_the_one_that_is_printed():
     assert f"```text\n{run(['train.py', '--dry-run'], ROOT)}```\n" in README
 
@@ -219,7 +218,6 @@ def joined(text: str) -> str:
     return re.sub(r"\\\n\s*", "", text)
 
 
-@pytest.mark.fast
 def test_the_memory_table_is_what_its_program_prints():
     table = run(["-c", block(DOCS["running.md"], "memory_needed")], ROOT, PYTHONPATH=str(ROOT))
     assert table in DOCS["running.md"]

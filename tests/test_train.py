@@ -880,22 +880,22 @@ def test_a_mistake_gets_one_line_and_leaves_nothing_behind(folder, rows, tmp_pat
 COUNTS = "0 -1 2147483648"
 BOUNDS = {  # every flag of a number: what it must be, and values that it is not
     "context": ("at least 2", "1 2147483648"),
-    "batch_size": ("above 0", COUNTS),
-    "micro_batch_tokens": ("above 0", COUNTS),
-    "epochs": ("above 0", COUNTS),
-    "max_steps": ("above 0", COUNTS),
+    "batch_size": ("above 0, below 2^31", COUNTS),
+    "micro_batch_tokens": ("above 0, below 2^31", COUNTS),
+    "epochs": ("above 0, below 2^31", COUNTS),
+    "max_steps": ("above 0, below 2^31", COUNTS),
     "eta": ("in [0, 1]", "90 -0.1 nan"),
     "lam_max": ("in [0, 1]", "1.5 -0.1 nan"),
     "lam_min": ("in [0, 1]", "1.5 -0.1 nan"),
-    "lr": ("above 0", "0 -0.1 nan inf"),
+    "lr": ("above 0, below 2^31", "0 -0.1 nan inf"),
     "warmup_ratio": ("in [0, 1)", "1 -0.1 nan"),
-    "weight_decay": ("0 or above", "-0.1 nan inf"),
+    "weight_decay": ("0 or above, below 2^31", "-0.1 nan inf"),
     "betas": ("in [0, 1)", "1 -0.1 nan"),
-    "eps": ("above 0", "0 nan"),
-    "clip": ("0 or above", "-1 nan inf"),
-    "seed": ("0 or above", "-1 2147483648 18446744073709551616"),
-    "checkpoint_every": ("0 or above", "-1"),
-    "keep": ("above 0", COUNTS),
+    "eps": ("above 0, below 2^31", "0 nan"),
+    "clip": ("0 or above, below 2^31", "-1 nan inf"),
+    "seed": ("0 or above, below 2^31", "-1 2147483648 18446744073709551616"),
+    "checkpoint_every": ("0 or above, below 2^31", "-1"),
+    "keep": ("above 0, below 2^31", COUNTS),
 }
 
 
