@@ -60,19 +60,6 @@ def metrics(out):
 
 
 @pytest.fixture
-def picture():
-    """Asks for losses.png; it needs the extra `plots`."""
-    pytest.importorskip("matplotlib")
-
-
-@pytest.fixture(autouse=True)
-def no_picture(request, monkeypatch):
-    """To draw takes as long as such a short run itself: without `picture` there is no matplotlib."""
-    if "picture" not in request.fixturenames:
-        monkeypatch.setitem(sys.modules, "matplotlib", None)
-
-
-@pytest.fixture
 def log(folder, rows, tmp_path):
     """log(name, *flags): the metrics of a run in tmp_path / name."""
     return lambda name, *flags: metrics(run(folder, rows, "--out", tmp_path / name, *flags))
@@ -278,7 +265,11 @@ def test_several_micro_batches_get_a_look_first_unless_the_price_is_constant(mod
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_a_token_keeps_the_group_of_the_first_look(model_and_corpus, pieces):
     model, corpus = model_and_corpus
-    batches, label, calls = cut(corpus, scores.without_model("none", corpus, 0), pieces), groupers.labeller("loss", (0.7,)), []
+    batches, label, calls = (
+        cut(corpus, scores.without_model("none", corpus, 0), pieces),
+        groupers.labeller("loss", (0.7,)),
+        [],
+    )
     train.step(model, batches, partial(sft_go, lam=0.5), lambda *a: calls.append(a) or label(*a))
     assert len(calls) == pieces and all(batch.group is not None for batch in batches)
     assert not any(nll.requires_grad for nll, _ in calls)
