@@ -61,7 +61,10 @@ def finished(cfg, out: Path) -> bool:
         or "scope" not in before
     ):
         raise ValueError(f"{out}: not empty, and not a run of this program; choose another --out")
-    if not (out / "checkpoints").exists() and not ((log := out / "metrics.jsonl").exists() and log.stat().st_size):
+    log = out / "metrics.jsonl"
+    if not any((out / name).exists() for name in ("checkpoints", "model")) and not (
+        log.exists() and log.stat().st_size
+    ):
         return False  # a run that failed before its first step: the folder is free
     was, now = training(before), training(asdict(cfg))
     if changed := [name for name in now if was.get(name) != now[name]]:
