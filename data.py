@@ -301,10 +301,11 @@ class Batch:
     tokens: Tensor  # (1, T) int64, what the model reads
     targets: Tensor  # (T,) int64, the next token of the same sample
     loss_mask: Tensor  # (T,) bool, True where the target is trained on
-    prior: Tensor  # (T,) float32, what the grouper computed before training: the target's score, or a reference's nats
+    prior: Tensor  # (T,) of the target, made before training: its score or its group, or the reference model's nats
     doc_ids: Tensor  # (T,) int64, the sample of each position, 0 ... samples - 1, non-decreasing
     layout: Packed
     group: Tensor | None = None  # (T,) the target's group, once it is decided
+    weight: Tensor | None = None  # (T,) the target's weight, where the objective weighs tokens
 
     def nll(self, model: Llama) -> Tensor:
         """Loss of each supervised target in nats, 0 elsewhere, (T,); the head runs on supervised positions only."""

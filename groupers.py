@@ -8,9 +8,12 @@
     loss        every step   its loss under the model in training
     rho1        every step   that loss - its loss under a frozen reference model: the excess loss of Eq. 9
 
-`Batch.prior` carries what is computed before training: the score or, for rho1, the reference model's loss (for loss:
-unused). A score computed before training is -inf on template and end tokens. Your own grouper is a function
-(corpus, seed) -> (T,) float32 scores: --grouper FILE.py:NAME. `python -m support.look` shows the chosen tokens.
+Your own, --grouper FILE.py:NAME, is one of
+    (corpus, seed) -> (T,) floats      scores; --eta cuts each sample at its percentiles
+    (corpus, seed) -> (T,) integers    the groups 0 ... K - 1 themselves
+    (nll, prior)   -> (T,) floats      with `in_step = True`: scores in every step, from the detached losses and from
+                                       what its `prior(corpus, seed)` returned before training (`Batch.prior`)
+Scores made before training are -inf on template and end tokens. `python -m support.look` shows the chosen tokens.
 
 T tokens of a packed row or of a whole corpus, N samples, V largest token id + 1.
 """
@@ -55,7 +58,7 @@ def important(scores: Tensor, loss_mask: Tensor, doc_ids: Tensor, eta: float) ->
     return loss_mask.masked_scatter(loss_mask, (score >= threshold[doc]) & (score > -torch.inf))  # (T,)
 
 
-# Before training: (corpus, seed) -> (T,) float32.
+# Before training.
 
 
 def tfidf(corpus: Corpus, seed: int = 0) -> np.ndarray:
@@ -85,6 +88,11 @@ def random(corpus: Corpus, seed: int = 0) -> np.ndarray:
     return spread(judged, np.random.default_rng((seed, 0, 1)).random(int(judged.sum()), np.float32))
 
 
+def none(corpus: Corpus, seed: int = 0) -> np.ndarray:
+    """No score: every token is unimportant."""
+    return np.full(len(corpus.ids), -np.inf, np.float32)
+
+
 def judgeable(corpus: Corpus) -> np.ndarray:
     """(T,) bool, True on a sample's own text: neither template nor begin nor end tokens."""
     return (corpus.kind == PROMPT) | (corpus.kind == RESPONSE)
@@ -96,18 +104,32 @@ def spread(judged: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return out
 
 
-ONCE = {"random": random, "frequency": frequency, "tfidf": tfidf}
-
-# Every step: (nll, prior) -> score, (T,) each; nll is detached.
-
-IN_STEP = {"loss": lambda nll, prior: nll, "rho1": lambda nll, reference_nll: nll - reference_nll}
-NAMES = ("none", *ONCE, "llmlingua2", *IN_STEP)
+# In every step.
 
 
-def labeller(grouper: str, etas: tuple[float, ...]) -> Callable[[Tensor, Batch], Tensor]:
-    """The function (nll (T,), batch) -> group (T,) int; IN_STEP gives the scores or, without an entry, `prior` does."""
-    score = IN_STEP.get(grouper, lambda nll, prior: prior)
-    return lambda nll, batch: cut(score(nll, batch.prior), batch.loss_mask, batch.doc_ids, etas)
+def loss(nll: Tensor, prior: Tensor) -> Tensor:
+    return nll
+
+
+def rho1(nll: Tensor, reference_nll: Tensor) -> Tensor:
+    return nll - reference_nll
+
+
+loss.in_step = rho1.in_step = True
+GROUPERS = {f.__name__: f for f in (none, random, frequency, tfidf, loss, rho1)}
+GROUPERS["llmlingua2"] = None  # it takes a model, as rho1's reference losses do: support/scores.py
+
+
+def labeller(grouper: Callable | None, etas: tuple[float, ...]) -> Callable[[Tensor, Batch], Tensor]:
+    """The function (detached nll (T,), batch) -> group (T,) int; a score of nan becomes -1, which the step refuses."""
+
+    def label(nll: Tensor, batch: Batch) -> Tensor:
+        scores = grouper(nll, batch.prior) if getattr(grouper, "in_step", False) else batch.prior
+        if not scores.is_floating_point():
+            return scores
+        return cut(scores, batch.loss_mask, batch.doc_ids, etas).masked_fill(scores.isnan(), -1)
+
+    return label
 
 
 def cut(scores: Tensor, loss_mask: Tensor, doc_ids: Tensor, etas: tuple[float, ...]) -> Tensor:

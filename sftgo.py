@@ -39,13 +39,17 @@ def group_sums(nll: Tensor, group: Tensor, loss_mask: Tensor, groups: int = 2) -
     member = torch.stack([(group == k) & loss_mask for k in range(groups)]).flatten(1)  # (K, N)
     nats, tokens = torch.where(member, nll.flatten(), 0.0).sum(1), member.sum(1)  # (K,), (K,)
     if not nll.is_cuda and tokens.sum() != loss_mask.sum():  # CPU only: on a GPU this test would force a sync
-        raise ValueError(f"group has labels outside 0 ... {groups - 1}: there are {groups} groups")
+        raise ValueError(f"group has labels outside 0 ... {groups - 1}: there are {groups} groups (-1: a score of nan)")
     return nats, tokens
 
 
 # Objectives: (nats (K,), tokens (K,), λ of the step) -> loss, () nats per token. Add one by --objective FILE.py:NAME.
-# Optional: OBJECTIVE.constant_price(λ) is True where ∂loss / ∂nats is 1 / (all tokens) in every group, whatever the
-# losses. A step of several micro-batches then needs no extra forward pass.
+# It may be called any number of times in a step. An objective may also have (`examples/` has one of each):
+#   constant_price(λ)     True where ∂loss / ∂nats is 1 / (all tokens) in every group, whatever the losses. A step of
+#                         several micro-batches then needs no extra forward pass.
+#   weigh(nll, batch)     (T,) weights of the tokens, 0 or above: nats becomes Σ weight · nll, tokens stay a count.
+#   update(nats, tokens)  called once after each optimizer step, with the step's sums; the state that it changes is
+#                         saved and loaded by state_dict() and load_state_dict(state).
 
 
 def cross_entropy(nats: Tensor, tokens: Tensor, lam: float = 0.0) -> Tensor:
@@ -69,6 +73,7 @@ def important_only(nats: Tensor, tokens: Tensor, lam: float = 0.0) -> Tensor:
 
 cross_entropy.constant_price = lambda lam: True
 sft_go.constant_price = lambda lam: lam == 0
+OBJECTIVES = {f.__name__: f for f in (sft_go, cross_entropy, important_only)}
 
 
 def lam_at(step: int, total_steps: int, lam_max: float, lam_min: float) -> float:

@@ -9,7 +9,6 @@ summed over the whole step -> price = ∂objective / ∂nats of each group -> ba
 T positions of a micro-batch, K groups.
 """
 
-import argparse
 import json
 import math
 import os
@@ -17,9 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
-from typing import get_args
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # a CPU compiles kernels for every row length; keep few
 os.environ.setdefault("LRU_CACHE_CAPACITY", "256")
@@ -36,23 +33,22 @@ from tqdm import tqdm
 
 import data
 import groupers
-import sftgo
 from data import TEMPLATES, Batch, Corpus
 from model import Llama, LlamaConfig
 from published.config import read_config
 from published.hub import data_file, resolve
 from published.tokenizer import Tokenizer
 from published.weights import DTYPES
-from sftgo import group_sums, lam_at
-from support import checkpoint, report, scores
+from sftgo import OBJECTIVES, group_sums, lam_at
+from support import checkpoint, flags, report, scores
 from support.llmlingua2 import LLMLINGUA2
-from support.named import named
+from support.named import Named, named
 from support.ranks import Ranks, command, everywhere
 from support.recipes import RECIPES, table
 
 Objective = Callable[[Tensor, Tensor], Tensor]  # (nats, tokens) of the groups, (K,) each -> loss, ()
 Label = Callable[[Tensor, Batch], Tensor]  # (detached nll (T,), batch) -> group (T,)
-OBJECTIVES = {f.__name__: f for f in (sftgo.sft_go, sftgo.cross_entropy, sftgo.important_only)}
+Method = tuple[Named, Label, int]  # what a run trains: objective (nats, tokens, λ) -> loss; label; K
 
 # Configuration: a field is a flag. What it must be stands beside it, as a test and in words.
 
@@ -85,10 +81,10 @@ class Config:
     max_steps: int | None = opt(None, "end after this many optimizer steps; the schedules end there too", POSITIVE)
     drop_last: bool = opt(False, "skip an epoch's last, short batch")
 
-    objective: str | None = opt(
+    objective: str | Callable | None = opt(
         None, f"{', '.join(OBJECTIVES)} or FILE.py:NAME (default: sft_go; with --grouper none: cross_entropy)"
     )
-    grouper: str = opt("tfidf", f"{', '.join(groupers.NAMES)} or FILE.py:NAME")
+    grouper: str | Callable = opt("tfidf", f"{', '.join(groupers.GROUPERS)} or FILE.py:NAME")
     eta: tuple[float, ...] = opt(
         (0.9,), "percentile: 0.9 makes a sample's top 10 %% important; two values make three groups", UNIT
     )
@@ -126,8 +122,11 @@ class Config:
             for x in value if isinstance(value, tuple) else (value,):
                 if x is not None and not holds(x):
                     raise ValueError(f"--{f.name.replace('_', '-')} {x}: expected {expected}")
-        named(self.objective, OBJECTIVES, "--objective")
-        named(self.grouper, dict.fromkeys(groupers.NAMES), "--grouper")
+        for name in ("objective", "grouper"):
+            if (found := named(getattr(self, name), f"--{name}")).digest is None:  # ours, perhaps the function itself
+                object.__setattr__(self, name, found.name)
+        if self.grouper == "none":
+            object.__setattr__(self, "eta", self.eta[:1])  # two groups, one of them empty
         tokens, none, rho1 = self.micro_batch_tokens, self.grouper == "none", self.grouper == "rho1"
         missing = "--data" if self.model else "--model"
         for wrong, message in (
@@ -150,22 +149,8 @@ METAVARS = {str: "PATH", int: "N", float: "X"} | dict.fromkeys(("recipe", "objec
 def parse_args(argv: list[str] | None = None) -> Config:
     """Flags -> Config: defaults, then the recipe's values, then what was given."""
     argv = sys.argv[1:] if argv is None else argv
-    how = dict(allow_abbrev=False, formatter_class=partial(argparse.HelpFormatter, max_help_position=34, width=110))
     about = "Fine-tune a Llama with SFT-GO. Without --model and --data it runs the demo."
-    section = parser = argparse.ArgumentParser("train.py", "train.py [--flag VALUE …]", about, **how)
-    for f in fields(Config):
-        section = parser.add_argument_group(SECTIONS[f.name]) if f.name in SECTIONS else section
-        kind, default, choices = (get_args(f.type) or [f.type])[0], f.default, f.metadata["choices"]
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        how = {"help": f.metadata["help"] + (f" (default: {shown})" if shown is not None and kind is not bool else "")}
-        if kind is bool:
-            how["action"] = argparse.BooleanOptionalAction
-        else:
-            how |= {"type": kind, "choices": choices, "nargs": {"eta": "+", "betas": 2}.get(f.name)}
-            how |= {"metavar": METAVARS.get(f.name, None if choices else METAVARS[kind])}
-        section.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **how)
-    given = vars(parser.parse_args(argv))
-    given |= {name: tuple(given[name]) for name in ("eta", "betas") if name in given}
+    given = flags.given(Config, argv, about, SECTIONS, METAVARS)
     if given.get("recipe") == "list":
         print(table())
         raise SystemExit
@@ -180,18 +165,29 @@ def parse_args(argv: list[str] | None = None) -> Config:
 # The step.
 
 
-def sums(model: Llama, batch: Batch, label: Label, groups: int) -> tuple[Tensor, Tensor]:
-    """(nats, tokens) of a micro-batch's groups, (K,) each. The first call fixes `batch.group`; later calls reuse it."""
+def sums(model: Llama, batch: Batch, label: Label, groups: int, weigh=None) -> tuple[Tensor, Tensor, Tensor]:
+    """(nats, tokens, unweighted nats) of a micro-batch's groups, (K,) each; the third, for the log, has no gradient.
+
+    The first call fixes `batch.group` and `batch.weight`; later calls reuse them.
+    """
     nll = batch.nll(model)
     if batch.group is None:
         batch.group = label(nll.detach(), batch)
-    return group_sums(nll, batch.group, batch.loss_mask, groups)
+        batch.weight = weigh(nll.detach(), batch) if weigh else None
+    nats, tokens = group_sums(nll, batch.group, batch.loss_mask, groups)
+    if batch.weight is None:
+        return nats, tokens, nats.detach()
+    weight = batch.weight.detach().where(batch.weight >= 0, math.nan)  # no wait here: `update` stops at a loss of nan
+    return group_sums(weight * nll, batch.group, batch.loss_mask, groups)[0], tokens, nats.detach()
 
 
 def price(objective: Objective, nats: Tensor, tokens: Tensor) -> Tensor:
     """∂ loss / ∂ nats, (K,) float64: the weight of each group's summed loss in the step's gradient."""
     nats = nats.detach().double().requires_grad_()
-    return torch.autograd.grad(objective(nats, tokens), nats)[0]
+    loss = objective(nats, tokens)
+    if not loss.requires_grad or (prices := torch.autograd.grad(loss, nats, allow_unused=True)[0]) is None:
+        raise everywhere(ValueError("the objective's loss carries no gradient of nats: nothing would be trained"))
+    return prices
 
 
 def backward(prices: Tensor, nats: Tensor) -> None:
@@ -199,9 +195,9 @@ def backward(prices: Tensor, nats: Tensor) -> None:
 
 
 def step(
-    model, batches: list[Batch], objective: Objective, label: Label, reduce=lambda t: t, groups=2, constant_price=False
-) -> tuple[Tensor, Tensor]:
-    """Add this rank's part of one optimizer step's gradient to `.grad`; return the step's nats and tokens, (K,) each.
+    model, batches, objective: Objective, label: Label, reduce=lambda t: t, groups=2, constant_price=False, weigh=None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add this rank's part of one optimizer step's gradient to `.grad`; return the step's `sums`, (K,) each.
 
     The parameters change the loss only through nats. So the gradient is Σ_k price_k · ∇nats_k. It is exact for any
     split into micro-batches and ranks. The step's gradient is the sum of the ranks' parts.
@@ -210,6 +206,7 @@ def step(
         batches:        this rank's micro-batches; every rank has the same number.
         reduce:         sums a tensor over ranks, so every rank computes the same prices.
         constant_price: every price is 1 / (all tokens), as in plain cross-entropy: no extra forward pass.
+        weigh:          (detached nll (T,), batch) -> weight of each token (T,); without it, each weighs 1.
     """
     first, parts = [], []
     if constant_price:
@@ -217,37 +214,37 @@ def step(
         prices = (1 / tokens.double()).expand(groups)  # (K,)
     else:
         with torch.set_grad_enabled(len(batches) == 1):  # one: keep its graph; more: forward again below, 1/3 more work
-            first = [sums(model, batch, label, groups) for batch in batches]
-        prices = price(objective, *total(first, reduce))  # (K,)
+            first = [sums(model, batch, label, groups, weigh) for batch in batches]
+        prices = price(objective, *total(first, reduce)[:2])  # (K,)
     for batch in batches:
-        nats, tokens = first[0] if len(first) == 1 else sums(model, batch, label, groups)  # (K,), (K,)
-        backward(prices, nats)
-        parts.append((nats.detach(), tokens))
+        part = first[0] if len(first) == 1 else sums(model, batch, label, groups, weigh)
+        backward(prices, part[0])
+        parts.append([t.detach() for t in part])
     return total(parts, reduce)
 
 
 def micro_batch_step(
-    model, batches: list[Batch], objective: Objective, label: Label, reduce=lambda t: t, groups=2
-) -> tuple[Tensor, Tensor, Tensor]:
+    model, batches, objective: Objective, label: Label, reduce=lambda t: t, groups=2, weigh=None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`--scope micro_batch`: Σ_m (N_m / N) · objective(micro-batch m), the loss that an ordinary trainer approximates.
 
-    Returns the step's nats, tokens and loss.
+    Returns the step's `sums` and its loss.
     """
     supervised = torch.stack([batch.loss_mask.sum() for batch in batches])
     parts, loss = [], supervised.new_zeros((), dtype=torch.float64)
     for batch, share in zip(batches, supervised.double() / reduce(supervised.sum())):
-        nats, tokens = sums(model, batch, label, groups)  # (K,), (K,)
+        nats, tokens, unweighted = sums(model, batch, label, groups, weigh)  # (K,) each
         prices = price(objective, nats, tokens) if share else nats.new_zeros(groups)  # share 0: a row by `blank`
         backward(share * prices, nats)
         loss += share * objective(nats.detach().double(), tokens) if share else 0.0
-        parts.append((nats.detach(), tokens))
+        parts.append([nats.detach(), tokens, unweighted])
     return *total(parts, reduce), reduce(loss)
 
 
-def total(parts: list[tuple[Tensor, Tensor]], reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """(nats, tokens) over micro-batches and ranks, in float64."""
-    nats, tokens = (torch.stack(column).double().sum(0) for column in zip(*parts))
-    return reduce(torch.stack([nats.detach(), tokens])).unbind()
+def total(parts: list, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+    """The sums over micro-batches and ranks, in float64."""
+    columns = [torch.stack(column).detach().double().sum(0) for column in zip(*parts)]
+    return reduce(torch.stack(columns)).unbind()
 
 
 # Sharding.
@@ -302,43 +299,52 @@ def lr_at(step: int, total_steps: int, lr: float, schedule: str, warmup_ratio: f
     return lr * {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}[schedule]
 
 
-def update(model, optimizer, batches: list[Batch], cfg: Config, done: int, total_steps: int, ranks: Ranks) -> dict:
+def update(model, optimizer, batches: list[Batch], cfg, method: Method, done: int, total_steps: int, ranks) -> dict:
     """One optimizer step, the one after `done` others; returns its part of the log.
 
-    ValueError, with the parameters unchanged, where the loss or the gradient is not finite.
+    ValueError, with the parameters unchanged, where the loss or the gradient is not finite or not the objective's.
     """
-    lam = lam_at(done, total_steps, cfg.lam_max, cfg.lam_min)
-    chosen = named(cfg.objective, OBJECTIVES, "--objective")
-    label, groups, reduce = groupers.labeller(cfg.grouper, cfg.eta), len(cfg.eta) + 1, ranks.reducer()
+    lam, reduce, (chosen, label, groups) = lam_at(done, total_steps, cfg.lam_max, cfg.lam_min), ranks.reducer(), method
+    weigh, constant = getattr(chosen, "weigh", None), getattr(chosen, "constant_price", lambda lam: False)(lam)
 
     def objective(nats: Tensor, tokens: Tensor) -> Tensor:
         return chosen(nats, tokens, lam)
 
+    supervised, off = reduce(torch.stack([batch.loss_mask.sum() for batch in batches]).sum()), None
     if cfg.scope == "micro_batch":
-        nats, tokens, loss = micro_batch_step(model, batches, objective, label, reduce, groups)
+        nats, tokens, unweighted, loss = micro_batch_step(model, batches, objective, label, reduce, groups, weigh)
     else:
-        constant = getattr(chosen, "constant_price", lambda lam: False)(lam)
-        nats, tokens = step(model, batches, objective, label, reduce, groups, constant)
+        nats, tokens, unweighted = step(model, batches, objective, label, reduce, groups, constant, weigh)
         loss = objective(nats, tokens)
+        off = (price(objective, nats, tokens) * tokens.sum() - 1) * (tokens > 0) if constant else None  # (K,)
     norm = finish_gradients(model, cfg.clip, ranks)
     lr = lr_at(done, total_steps, cfg.lr, cfg.schedule, cfg.warmup_ratio)
-    row = {"loss": float(loss), **report.group_means(nats, tokens), "lam": lam, "lr": lr, "grad_norm": norm}
-    if not math.isfinite(row["loss"]) or not math.isfinite(norm):
-        cure = f"Lower --lr or use --dtype float32. Last checkpoint: {checkpoint.newest(cfg.out)}"
-        raise everywhere(ValueError(f"step {done + 1}: {report.line(row)}. Not updated, and no model written. {cure}"))
+    row = {"loss": float(loss), **report.group_means(unweighted, tokens), "lam": lam, "lr": lr, "grad_norm": norm}
+    if fault := report.fault(row, chosen, nats, tokens, supervised, off):
+        saved = f"Not updated, and no model written. Last checkpoint: {checkpoint.newest(cfg.out)}"
+        raise everywhere(ValueError(f"step {done + 1}: {fault}. {saved}"))
     for param_group in optimizer.param_groups:
         param_group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
+    if hasattr(chosen, "update"):
+        chosen.update(nats, tokens)
     return row
 
 
-def loop(cfg: Config, model, corpus: Corpus, prior, total_steps: int, per_epoch: int, ranks: Ranks) -> bool:
+def steps_of(cfg: Config, corpus: Corpus) -> tuple[int, int]:
+    """Optimizer steps of the run, and of an epoch."""
+    per_epoch = len(data.epoch_order(len(corpus), cfg.batch_size, cfg.seed, 0, cfg.drop_last))
+    return min(cfg.epochs * per_epoch, cfg.max_steps or sys.maxsize), per_epoch
+
+
+def loop(cfg: Config, method: Method, model, corpus: Corpus, prior, ranks: Ranks) -> bool:
     """Run the remaining steps; return False if a SIGTERM stopped them."""
+    total_steps, per_epoch = steps_of(cfg, corpus)
     matrices, norms = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim == 1]
     sets = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(sets, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
-    begun = checkpoint.resume(Path(cfg.out), model, optimizer, ranks)
+    begun = checkpoint.resume(Path(cfg.out), model, optimizer, method[0], ranks)
     print(f"run     {cfg.out}, on {ranks}" + (f", after step {begun}" if begun else ""))
     log = open(f"{cfg.out}/metrics.jsonl" if ranks.rank == 0 else os.devnull, "a", encoding="utf-8")
     bar = tqdm(total=total_steps, initial=begun, unit="step", disable=None, dynamic_ncols=True)
@@ -350,7 +356,8 @@ def loop(cfg: Config, model, corpus: Corpus, prior, total_steps: int, per_epoch:
             began = time.perf_counter()
             batches = data.micro_batches(corpus, prior, order[at], cfg.micro_batch_tokens, ranks.rank, ranks.size)
             batches = [batch.to(ranks.device) for batch in batches]
-            row = {"step": done + 1, "epoch": epoch, **update(model, optimizer, batches, cfg, done, total_steps, ranks)}
+            row = {"step": done + 1, "epoch": epoch}
+            row |= update(model, optimizer, batches, cfg, method, done, total_steps, ranks)
             row |= report.speed(int((corpus.lengths[order[at]] - 1).sum()), time.perf_counter() - began, ranks.device)
             log.write(json.dumps(row) + "\n")
             log.flush()
@@ -361,7 +368,7 @@ def loop(cfg: Config, model, corpus: Corpus, prior, total_steps: int, per_epoch:
                 bar.write(f"step {done + 1}/{total_steps} | {report.line(row)}", file=sys.stdout)
             stop = asked_to_stop()
             if cfg.checkpoint_every and (stop or last or (done + 1) % cfg.checkpoint_every == 0):
-                checkpoint.save(Path(cfg.out), done + 1, model, optimizer, cfg.keep, ranks)
+                checkpoint.save(Path(cfg.out), done + 1, model, optimizer, method[0], cfg.keep, ranks)
             if stop and not last:
                 saved = (
                     f"resume with --out {cfg.out}" if cfg.checkpoint_every else "nothing saved (--checkpoint-every 0)"
@@ -378,32 +385,39 @@ def prepare(cfg: Config, folder: Path) -> tuple[LlamaConfig, Tokenizer, Corpus]:
     return llama, tokenizer, data.load_corpus(data_file(cfg.data), tokenizer, cfg.template, cfg.context)
 
 
-def train(cfg: Config) -> Path | None:
+def train(cfg: Config, objective=None, grouper=None) -> Path | None:
     """Run `cfg` to its end; returns the run folder (None after --dry-run).
+
+    Args:
+        objective, grouper: in the place of cfg's: a name, FILE.py:NAME, or the object itself.
 
     Raises:
         ValueError, OSError: one line about what is wrong; on other ranks too, about the one that has it.
         SystemExit: 143, after a SIGTERM; its checkpoint is saved.
     """
     with Ranks() as ranks:
-        cfg = replace(cfg, shard=(cfg.shard or "fsdp") if ranks.size > 1 else None)
-        if cfg.out and ranks.first(lambda: checkpoint.finished(cfg, Path(cfg.out))):
+        shard = (cfg.shard or "fsdp") if ranks.size > 1 else None
+        cfg = replace(cfg, shard=shard, objective=objective or cfg.objective, grouper=grouper or cfg.grouper)
+        objective, grouper = named(cfg.objective, "--objective"), named(cfg.grouper, "--grouper")
+        about = checkpoint.record(cfg, objective, grouper)
+        if cfg.out and ranks.first(lambda: checkpoint.finished(about, Path(cfg.out))):
             print(f"{cfg.out}: this run is already finished; nothing to do")
             return Path(cfg.out)
         folder = ranks.each(lambda: resolve(cfg.model))
         llama, tokenizer, corpus = ranks.each(lambda: prepare(cfg, folder))
-        prior = ranks.each(lambda: scores.without_model(cfg.grouper, corpus, cfg.seed))
-        per_epoch = len(data.epoch_order(len(corpus), cfg.batch_size, cfg.seed, 0, cfg.drop_last))
-        total_steps = min(cfg.epochs * per_epoch, cfg.max_steps or sys.maxsize)
-        ranks.each(lambda: report.plan(cfg, corpus, llama, folder, prior, total_steps, per_epoch, ranks.size))
+        prior = ranks.each(lambda: scores.without_model(grouper, corpus, cfg.seed))
+        steps = steps_of(cfg, corpus)
+        ranks.each(lambda: report.plan(cfg, (objective, grouper), corpus, llama, folder, prior, steps, ranks.size))
         if cfg.dry_run:
             return None
-        with checkpoint.run_folder(cfg, ranks) as out:
+        with checkpoint.run_folder(cfg, about, ranks) as out:
             cfg = replace(cfg, out=str(out))
             if prior is None:
-                prior = scores.with_model(cfg, corpus, Path(cfg.cache or out / "cache"), ranks)
+                prior = scores.with_model(cfg, grouper, corpus, Path(cfg.cache or out / "cache"), ranks)
+            groups = max(ranks.together(lambda: scores.how_many(grouper, prior, corpus.loss_mask, cfg.eta)))
+            method = objective, groupers.labeller(grouper, cfg.eta), groups
             model = ranks.each(lambda: build(cfg, folder, ranks))
-            if not loop(cfg, model, corpus, prior, total_steps, per_epoch, ranks):
+            if not loop(cfg, method, model, corpus, prior, ranks):
                 raise SystemExit(143)  # 128 + SIGTERM: not finished, for whoever starts it again
             checkpoint.export(model, tokenizer, corpus.template, DTYPES[cfg.save_dtype or cfg.dtype], out, ranks)
             if ranks.rank == 0:

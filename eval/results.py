@@ -24,9 +24,10 @@ def read(path: Path) -> dict:
 
 
 def run_of(model: Path) -> dict | None:
-    """The configuration that trained a run's model; None for any other model."""
+    """What trained a run's model: its configuration, and the digests of a user's files; None for any other model."""
     path = model.parent / "config.json"
-    return read_json(path).get("config") if model.name == "model" and path.is_file() else None
+    about = read_json(path) if model.name == "model" and path.is_file() else {}
+    return about["config"] | {"digests": about.get("digests", {})} if isinstance(about.get("config"), dict) else None
 
 
 def fingerprint(folder: Path) -> str:

@@ -115,7 +115,7 @@ def read_rows(paths: list[Path]) -> tuple[list[Entry], dict]:
             raise ValueError(f"{path}: its run is not a configuration of train.py")
         if (given := result["settings"]) != settings:
             raise ValueError(f"{path}: scored with {given}, but {paths[0]} with {settings}; one table has one setting")
-        config = training(run) if run else {"model": result["model"]}
+        config = training(run, run.get("digests", {})) if run else {"model": result["model"]}
         seed = config.pop("seed", 0)
         key = json.dumps(config, sort_keys=True) + ("" if run else result["fingerprint"])
         row = found.setdefault(key, Entry(base_name(config["model"]), data_name(run), method_name(run), config))

@@ -7,8 +7,10 @@ run's own older checkpoints and unfinished `.part` folders.
 """
 
 import fcntl
+import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -16,7 +18,6 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -29,44 +30,59 @@ from model import Llama
 from published import weights
 from published.files import read_json, write_json
 from published.tokenizer import Tokenizer
+from support.named import Named
 from support.ranks import Ranks, everywhere, first_line
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process may save too
 
-NOT_TRAINING = {"recipe", "out", "cache", "dry_run", "shard", "checkpoint_activations", "checkpoint_every", "keep"}
+NOT_TRAINING = {
+    "digests",
+    "recipe",
+    "out",
+    "cache",
+    "dry_run",
+    "shard",
+    "checkpoint_activations",
+    "checkpoint_every",
+    "keep",
+}
 FAULTS = (dcp.CheckpointException, OSError)  # the first one is a BaseException
-CHECKSUMS = "crc32.json"
+CHECKSUMS, OWN_STATE = "crc32.json", "objective.pt"
 
 
 # Who may write it.
 
 
-def training(config: dict) -> dict:
-    """The settings of a run that decide what is trained, of all that it has."""
+def record(cfg, objective: Named, grouper: Named) -> dict:
+    """What a run is, for its config.json: the settings, and the digests of a user's own functions."""
+    digests = {"objective": objective.digest, "grouper": grouper.digest}
+    config = vars(cfg) | {"objective": objective.name, "grouper": grouper.name}
+    return {"config": config, "digests": {name: digest for name, digest in digests.items() if digest}}
+
+
+def training(config: dict, digests: dict[str, str]) -> dict:
+    """The settings of a run that decide what is trained; a user's function counts by name and content, not by path."""
     aside = NOT_TRAINING | ({"micro_batch_tokens"} if config["scope"] == "step" else set())
-    return {name: value for name, value in json.loads(json.dumps(config)).items() if name not in aside}
+    own = {name: f"{config[name].rpartition(':')[2]} with content {digest[:20]}" for name, digest in digests.items()}
+    return {name: x for name, x in json.loads(json.dumps(config | own)).items() if name not in aside}
 
 
-def finished(cfg, out: Path) -> bool:
+def finished(about: dict, out: Path) -> bool:
     """Whether the folder holds this very run, complete; ValueError where it holds anything but this run."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: a file, expected a folder")
     if not out.exists() or all(path.name in ("cache", "lock") for path in out.iterdir()):
         return False
-    about = read_json(out / "config.json") if (out / "config.json").is_file() else {}
-    before = about.get("config")
-    if (
-        not about.keys() >= {"config", "versions", "git_commit"}
-        or not isinstance(before, dict)
-        or "scope" not in before
-    ):
+    before = read_json(out / "config.json") if (out / "config.json").is_file() else {}
+    config, known = before.get("config"), before.keys() >= {"config", "versions", "git_commit"}
+    if not known or not isinstance(config, dict) or "scope" not in config:
         raise ValueError(f"{out}: not empty, and not a run of this program; choose another --out")
     log = out / "metrics.jsonl"
     if not any((out / name).exists() for name in ("checkpoints", "model")) and not (
         log.exists() and log.stat().st_size
     ):
         return False  # a run that failed before its first step: the folder is free
-    was, now = training(before), training(asdict(cfg))
+    was, now = training(config, before.get("digests", {})), training(**about)
     if changed := [name for name in now if was.get(name) != now[name]]:
         names, name = ", ".join(changed[:3]) + ", …" * (len(changed) > 3), changed[0]
         difference = f"{name} {was.get(name)}, now {now[name]}"
@@ -77,19 +93,19 @@ def finished(cfg, out: Path) -> bool:
 
 
 @contextmanager
-def run_folder(cfg, ranks: Ranks) -> Iterator[Path]:
+def run_folder(cfg, about: dict, ranks: Ranks) -> Iterator[Path]:
     """The folder of this run, new or where it stopped; no other process may write it meanwhile."""
     if ranks.size > 1 and not cfg.out:
         raise everywhere(ValueError("--out is missing: several processes need a folder that all of them see"))
     locks = []
     try:
-        yield Path(ranks.first(lambda: str(lock_run_folder(cfg, locks))))
+        yield Path(ranks.first(lambda: str(lock_run_folder(cfg, about, locks))))
     finally:
         for lock in locks:
             lock.close()
 
 
-def lock_run_folder(cfg, locks: list) -> Path:
+def lock_run_folder(cfg, about: dict, locks: list) -> Path:
     """Create --out, or without it the next free runs/<recipe>-<n>; the lock is appended to `locks`."""
     for n in count(1):
         out = Path(cfg.out or f"runs/{cfg.recipe or 'run'}-{n}")
@@ -104,11 +120,11 @@ def lock_run_folder(cfg, locks: list) -> Path:
         fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{out}: another run is at work in it; choose another --out") from None
-    finished(cfg, out)  # another run may have taken it in the meantime
+    finished(about, out)  # another run may have taken it in the meantime
     if not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:  # before the first step
         libraries = {name: version(name) for name in ("torch", "safetensors", "tokenizers", "numpy")}
         versions = {"python": sys.version.split()[0], **libraries}
-        write_json(out / "config.json", {"config": asdict(cfg), "versions": versions, "git_commit": git_commit()})
+        write_json(out / "config.json", {**about, "versions": versions, "git_commit": git_commit()})
     return out
 
 
@@ -134,7 +150,20 @@ def state(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, torch.Ten
     return out
 
 
-def save(out: Path, step: int, model: Llama, optimizer: torch.optim.Optimizer, keep: int, ranks: Ranks) -> None:
+def own_state(objective: Named) -> bytes | None:
+    """A stateful objective's state_dict(), as a file's content; ValueError where that could not be loaded again."""
+    if not hasattr(objective, "state_dict"):
+        return None
+    torch.save(objective.state_dict(), buffer := io.BytesIO())
+    try:
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except pickle.UnpicklingError as e:
+        kinds = "only tensors, numbers, strings, lists and dicts can be loaded again"
+        raise everywhere(ValueError(f"{objective}: its state_dict() holds something else; {kinds}")) from e
+    return buffer.getvalue()
+
+
+def save(out: Path, step: int, model: Llama, optimizer, objective: Named, keep: int, ranks: Ranks) -> None:
     """OUT/checkpoints/step-<n>, written by all ranks; then all but the newest `keep` go.
 
     Raises:
@@ -161,7 +190,12 @@ def save(out: Path, step: int, model: Llama, optimizer: torch.optim.Optimizer, k
         dcp.save(
             state(model, optimizer), checkpoint_id=part, no_dist=ranks.size == 1, process_group=ranks.patient
         )  # a slow disk may take longer than a step
-        mine = [".metadata"] * (ranks.rank == 0) + [path.name for path in part.glob(f"__{ranks.rank}_*")]
+        mine = [path.name for path in part.glob(f"__{ranks.rank}_*")]
+        if ranks.rank == 0:
+            mine.append(".metadata")
+            if own := own_state(objective):  # the same on every rank
+                (part / OWN_STATE).write_bytes(own)
+                mine.append(OWN_STATE)
         checksums = ranks.together(lambda: {name: crc32(part / name) for name in mine})
         ranks.first(finish)
     except FAULTS as e:
@@ -200,7 +234,7 @@ def damage(path: Path, ranks: Ranks) -> list[str]:
     return [fault for of_rank in ranks.together(look) for fault in of_rank]
 
 
-def resume(out: Path, model: Llama, optimizer: torch.optim.Optimizer, ranks: Ranks) -> int:
+def resume(out: Path, model: Llama, optimizer: torch.optim.Optimizer, objective: Named, ranks: Ranks) -> int:
     """Put the newest intact checkpoint's state in place; returns how many steps it has behind it, 0 without one.
 
     The ranks may be more or fewer than those that saved it. Newer, damaged ones are renamed. The log is cut to those
@@ -209,6 +243,7 @@ def resume(out: Path, model: Llama, optimizer: torch.optim.Optimizer, ranks: Ran
     Raises:
         ValueError: there are checkpoints, and none is intact.
     """
+    own_state(objective)  # what could not be saved is refused before the first step
     paths = ranks.first(lambda: sorted((out / "checkpoints").glob("step-??????"), reverse=True))
     step, damaged = 0, []
     for path in paths:
@@ -224,6 +259,8 @@ def resume(out: Path, model: Llama, optimizer: torch.optim.Optimizer, ranks: Ran
         for name, p in model.named_parameters():
             moments = {moment: loaded[f"{moment}.{name}"] for moment in ("exp_avg", "exp_avg_sq")}
             optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
+        if hasattr(objective, "load_state_dict"):
+            objective.load_state_dict(torch.load(path / OWN_STATE, ranks.device, weights_only=True))
         break
     if damaged and not step:
         begin = "move them away to begin again from the first step"

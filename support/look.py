@@ -35,44 +35,61 @@ from support.llmlingua2 import LLMLINGUA2, Classifier, keep_scores, need_transfo
 from support.named import named
 from support.ranks import command
 from support.recipes import RECIPES
-from support.scores import without_model, check_reference, corpus_nll
+from support.report import groups_of_corpus
+from support.scores import check_reference, corpus_nll, how_many, without_model
 
-NAMES = tuple(name for name in groupers.NAMES if name != "none")
+NAMES = tuple(name for name in groupers.GROUPERS if name != "none")
+COLOURS = (43, 46, 42, 45, 41, 44)  # the terminal's, of the groups from 1 on, in turn
 
 
 @dataclass
 class View:
-    """One grouper's scores and verdicts on the samples looked at."""
+    """One grouper's verdicts on the samples looked at."""
 
     name: str
-    scores: np.ndarray  # (T,) float32
-    important: np.ndarray  # (T,) bool
+    scores: np.ndarray  # (T,) float32; of a grouper that gives no scores, its groups
+    group: np.ndarray  # (T,) int, 0 ... K - 1 on supervised tokens
     rank: np.ndarray  # (T,) float, share of the sample's supervised tokens that score no higher; nan: not judged
+    K: int = 2
+
+    @property
+    def picked(self) -> np.ndarray:
+        """(T,) bool, above the lowest group: with two groups, important."""
+        return self.group > 0
+
+    def counts(self, mask: np.ndarray) -> np.ndarray:
+        """(K,) the tokens of a mask that are in each group."""
+        return np.bincount(self.group[mask], minlength=self.K)
+
+    def shares(self, mask: np.ndarray) -> str:
+        shares = [f"{n:.1%}" for n in self.counts(mask) / mask.sum()]
+        return shares[1] if self.K == 2 else ", ".join(shares)
 
 
 def views(args: argparse.Namespace, corpus: Corpus, samples: np.ndarray, tokenizer: Tokenizer) -> list[View]:
     """Each grouper on these samples. Losses are those of --model as it is; training uses each step's own."""
     chosen, out = corpus.take(samples), []
     at = data.ragged(corpus.starts[samples], corpus.lengths[samples])
-    mask, doc_ids = torch.from_numpy(chosen.loss_mask), torch.from_numpy(chosen.doc_ids)
-    if set(args.grouper) & set(groupers.IN_STEP):
-        nats = losses(args.model, chosen, args)
-    for name in args.grouper:
-        if name == "loss":
-            scores = nats
-        elif name == "rho1":
+    mask, functions = chosen.loss_mask, [named(name, "--grouper") for name in args.grouper]
+    looks = [getattr(grouper, "in_step", False) for grouper in functions]
+    nats = losses(args.model, chosen, args) if any(looks) else None
+    for grouper, in_step in zip(functions, looks):
+        if grouper.name == "rho1":
             check_reference(args.reference, args.model, tokenizer, args.context)
-            scores = nats - losses(args.reference, chosen, args)
-        elif name == "llmlingua2":  # reads each answer by itself, so the other samples are not needed
-            scores = keep_scores(chosen, Classifier(resolve(args.llmlingua_model), device()))
+            prior = losses(args.reference, chosen, args)
+        elif grouper.name == "llmlingua2":  # reads each answer by itself, so the other samples are not needed
+            prior = keep_scores(chosen, Classifier(resolve(args.llmlingua_model), device()))
         else:
-            scores = without_model(name, corpus, args.seed)[at]
-        important = groupers.important(torch.from_numpy(scores), mask, doc_ids, args.eta).numpy()
-        rank = np.full(len(scores), np.nan)
-        for a, b in zip(chosen.starts, chosen.starts[1:]):
-            judged = a + np.flatnonzero(chosen.loss_mask[a:b] & (scores[a:b] > -np.inf))
+            prior = without_model(grouper, corpus, args.seed)[at]
+        scores = grouper(torch.from_numpy(nats), torch.from_numpy(prior)).numpy() if in_step else prior
+        group = np.where(mask, groups_of_corpus(grouper, args.eta, chosen, prior, nats), 0)
+        K, rank = how_many(grouper, prior, mask, args.eta), np.full(len(scores), np.nan)
+        if scores.dtype.kind == "i":
+            rank = group / max(K - 1, 1)
+        for a, b in zip(chosen.starts, chosen.starts[1:]) if scores.dtype.kind == "f" else ():
+            judged = a + np.flatnonzero(mask[a:b] & (scores[a:b] > -np.inf))
             rank[judged] = np.searchsorted(np.sort(scores[judged]), scores[judged], "right") / max(len(judged), 1)
-        out.append(View(name, scores, important, rank))
+        out.append(View(grouper.name.split("/")[-1], scores, group, rank, K))
     return out
 
 
@@ -113,16 +130,18 @@ def name_of(corpus: Corpus, sample: int) -> str:
 
 
 def marked(corpus: Corpus, answer: list[tuple[int, str]], view: View, colour: bool) -> str:
-    """An answer with its important tokens in colour or in brackets, and what is not trained on dim."""
-    on, off, dim, plain = ("\x1b[1;30;43m", "\x1b[0m", "\x1b[2m", "\x1b[0m") if colour else ("[", "]", "", "")
-    begin, end = {"important": on, "prompt": dim, "other": ""}, {"important": off, "prompt": plain, "other": ""}
-    out, was = [], "other"
+    """An answer with the tokens of groups above 0 in colour or in brackets, and what is not trained on dim."""
+    begin = {-1: "\x1b[2m" if colour else "", 0: ""}  # -1: not trained on
+    for k in range(1, view.K):
+        begin[k] = f"\x1b[1;30;{COLOURS[(k - 1) % len(COLOURS)]}m" if colour else "[" + f"{k}:" * (view.K > 2)
+    end = {k: "" if not text else "\x1b[0m" if colour else "]" for k, text in begin.items()}
+    out, was = [], 0
     for place, text in answer:
-        state = ("important" if view.important[place] else "other") if corpus.loss_mask[place] else "prompt"
+        state = int(view.group[place]) if corpus.loss_mask[place] else -1
         text = printable(text)
         if not text:  # a later byte of a character that is shown
             continue
-        if state == "important" and text.isspace():
+        if state > 0 and text.isspace():
             text = text.replace("\n", "⏎\n")  # so that there is something to mark
         if state != was:
             space = "" if text.isspace() else re.match(r"\s*", text)[0]  # a mark begins after the space before a word
@@ -142,26 +161,35 @@ def summary(corpus: Corpus, looked: list[View], tokenizer: Tokenizer) -> list[st
     """Lines about all samples counted: shares, what is picked most, overlaps."""
     mask = corpus.loss_mask
     lines = [f"counted over {len(corpus):,} samples, {mask.sum():,} supervised tokens"]
+    wide = max(10, *(len(view.name) for view in looked)) + 1
     for view in looked:
         often = ", ".join(most_picked(corpus, view, tokenizer))
-        lines.append(f"  {view.name:<11}{view.important[mask].mean():6.1%} important; most often {often}")
+        lines.append(
+            f"  {view.name:<{wide}}{view.shares(mask):>6} {kind(view)}" + f"; most often {often}" * bool(often)
+        )
     if len(looked) > 1:
         lines.append("overlap: of the tokens that the row picks, the share that the column picks too")
-        lines.append(" " * 13 + "".join(f"{v.name:>12}" for v in looked))
-        lines += [f"  {a.name:<11}" + "".join(f"{share:>12.0%}" for share in overlaps(a, looked)) for a in looked]
+        lines.append(" " * (wide + 2) + "".join(f"{v.name:>{wide + 1}}" for v in looked))
+        lines += [
+            f"  {a.name:<{wide}}" + "".join(f"{share:>{wide + 1}.0%}" for share in overlaps(a, looked)) for a in looked
+        ]
     return lines
+
+
+def kind(view: View) -> str:
+    return "important" if view.K == 2 else f"in {', '.join(['group 0', *map(str, range(1, view.K))])}"
 
 
 def most_picked(corpus: Corpus, view: View, tokenizer: Tokenizer, n: int = 8) -> list[str]:
     """The tokens it picks most often, each with its share of all that it picks."""
-    ids, counts = np.unique(corpus.ids[view.important], return_counts=True)
+    ids, counts = np.unique(corpus.ids[view.picked], return_counts=True)
     most = counts.argsort(kind="stable")[::-1][:n]
     texts = [tokenizer.backend.decode([i], skip_special_tokens=False) for i in ids[most]]
     return [f"{text!r} {n / counts.sum():.1%}" for text, n in zip(texts, counts[most])]
 
 
 def overlaps(a: View, looked: list[View]) -> list[float]:
-    return [(a.important & b.important).sum() / max(a.important.sum(), 1) for b in looked]
+    return [(a.picked & b.picked).sum() / max(a.picked.sum(), 1) for b in looked]
 
 
 # As a page.
@@ -186,9 +214,10 @@ def page(corpus: Corpus, shown: list[int], looked: list[View], tokenizer: Tokeni
     """One self-contained page; whatever the data hold is text in it, never markup."""
     mask, total = corpus.loss_mask, int(corpus.loss_mask.sum())
     picked = [", ".join(most_picked(corpus, view, tokenizer, 5)) for view in looked]
-    names = [escape(view.name) for view in looked]
+    names, several = [escape(view.name) for view in looked], any(view.K > 2 for view in looked)
+    of = "groups" if several else "important"
     shares = [
-        f'<tr><th>{name}<td>{view.important[mask].mean():.1%}<td class="words">{escape(words)}'
+        f'<tr><th>{name}<td>{view.shares(mask)}<td class="words">{escape(words)}'
         for name, view, words in zip(names, looked, picked)
     ]
     overlap = [
@@ -201,13 +230,14 @@ def page(corpus: Corpus, shown: list[int], looked: list[View], tokenizer: Tokeni
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
         f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>",
         '<p>Shade: rank of the score among the answer\'s tokens, low <span class="scale"></span> high;',
-        '<b>underlined</b>: important; <span class="prompt">grey</span>: not trained on; ■: end token.',
+        f"<b>underlined</b>: {'above group 0, a number its group' if several else 'important'};",
+        '<span class="prompt">grey</span>: not trained on; ■: end token.',
         "Hover over a token for its score.",
         f'<div class="tables"><div><table><caption>Share of {total:,} supervised tokens',
-        f'({len(corpus):,} samples)</caption><tr><th>grouper<th>important<td class="words">picked most often',
+        f'({len(corpus):,} samples)</caption><tr><th>grouper<th>{of}<td class="words">picked most often',
         *shares,
         "</table></div><div><table>",
-        "<caption>Of the row's important tokens, the share also important to the column</caption>",
+        "<caption>Of the row's underlined tokens, the share also underlined by the column</caption>",
         "<tr><th>" + "".join(f"<th>{name}" for name in names),
         *overlap,
         "</table></div></div>",
@@ -226,11 +256,14 @@ def page(corpus: Corpus, shown: list[int], looked: list[View], tokenizer: Tokeni
 def token(corpus: Corpus, place: int, text: str, view: View) -> str:
     if not corpus.loss_mask[place]:
         return f'<span class="prompt">{escape(text)}</span>' if text else ""
-    tag, rank, score = "b" if view.important[place] else "span", view.rank[place], view.scores[place]
+    k, rank, score = view.group[place], view.rank[place], view.scores[place]
+    tag, shown = "b" if k else "span", escape(text) + f"<sub>{k}</sub>" * bool(k > 0 and view.K > 2)
+    of = f"group {k}, " * (view.K != 2)
+    told = f"score {score:.4g}, rank {rank:.0%}" if view.scores.dtype.kind == "f" else "given"
     if np.isnan(rank):
-        return f'<{tag} title="not judged">{escape(text)}</{tag}>'
+        return f'<{tag} title="{of}not judged">{shown}</{tag}>'
     shade = f"background:rgb(38 110 190/{0.6 * rank:.2f})"
-    return f'<{tag} style="{shade}" title="score {score:.4g}, rank {rank:.0%}">{escape(text)}</{tag}>'
+    return f'<{tag} style="{shade}" title="{of}{told}">{shown}</{tag}>'
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -246,7 +279,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--data", str, demo["data"], "FILE", "training data, as train.py takes it (default: the demo's)")
     flag("--model", str, demo["model"], "FOLDER", "whose tokenizer, and whose losses, to use (default: the demo's)")
     flag("--grouper", str, "tfidf", "A,B,…", f"any of {', '.join(NAMES)}, or FILE.py:NAME of a function")
-    flag("--eta", float, 0.9, "X", "percentile: 0.9 makes each sample's top 10 %% important")
+    flag(
+        "--eta",
+        float,
+        (0.9,),
+        "X",
+        "percentile: 0.9 makes each sample's top 10 %% important; two: three groups",
+        nargs="+",
+    )
     flag("--row", int, None, "N", "rows of the file to show, from 1 (default: the first 3 samples)", nargs="+")
     flag("--stats", int, 50, "N", "samples to count shares and overlaps over, besides those shown")
     flag("--html", str, None, "FILE", "write a page too")
@@ -259,7 +299,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.grouper = args.grouper.split(",")
     for name in args.grouper:
-        named(name, dict.fromkeys(NAMES, print), "--grouper")
+        if name not in NAMES and ":" not in name:
+            raise ValueError(f"--grouper {name}: expected one of {', '.join(NAMES)}, or FILE.py:NAME")
+        named(name, "--grouper")
     if "rho1" in args.grouper and not args.reference:
         parser.error("--grouper rho1 needs --reference, a model trained on data of the same domain")
     if args.stats < 0 or args.context < 2:
@@ -276,7 +318,8 @@ def look(args: argparse.Namespace) -> None:
     llama = LlamaConfig(**read_config(folder))
     tokenizer = Tokenizer(folder, llama.vocab_size)
     corpus = data.load_corpus(data_file(args.data), tokenizer, args.template, args.context)
-    if args.context > (room := llama.max_position_embeddings) and set(args.grouper) & set(groupers.IN_STEP):
+    looks = any(getattr(named(name, "--grouper"), "in_step", False) for name in args.grouper)
+    if args.context > (room := llama.max_position_embeddings) and looks:
         raise ValueError(f"--context {args.context}: {args.model} has {room} positions (max_position_embeddings)")
     shown = np.arange(min(3, len(corpus)))
     if args.row:
@@ -288,7 +331,7 @@ def look(args: argparse.Namespace) -> None:
     looked, chosen = views(args, corpus, samples, tokenizer), corpus.take(samples)
     shown = np.searchsorted(samples, shown).tolist()
     if args.html:
-        title = f"{Path(args.data).name}, η {args.eta:g}"
+        title = f"{Path(args.data).name}, η {' '.join(f'{eta:g}' for eta in args.eta)}"
         Path(args.html).write_text(page(chosen, shown, looked, tokenizer, title), encoding="utf-8")
         print(f"wrote {args.html}")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -297,8 +340,10 @@ def look(args: argparse.Namespace) -> None:
         prompt, answer = pieces(chosen, sample)
         print(f"══ {name_of(chosen, sample)} ══\n{printable(prompt)}\n")
         for view in looked:
-            picked = f"{view.important[supervised].sum():,} of {supervised.sum():,} tokens important"
-            print(f"── {view.name}: {picked} ──\n{marked(chosen, answer, view, colour)}\n")
+            counts = [f"{n:,}" for n in view.counts(supervised)]
+            picked = counts[1] if view.K == 2 else ", ".join(counts)
+            print(f"── {view.name}: {picked} of {supervised.sum():,} tokens {kind(view)} ──")
+            print(f"{marked(chosen, answer, view, colour)}\n")
     print("\n".join(summary(chosen, looked, tokenizer)))
 
 

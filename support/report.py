@@ -6,6 +6,7 @@ import resource
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from model import Llama, LlamaConfig
 from published.tokenizer import Tokenizer
 from published.weights import DTYPES, weight_files
 from support.generate import generate
+from support.named import UNKNOWN, Named
 
 # A step.
 
@@ -37,6 +39,27 @@ def groups_of(row: dict) -> dict[str, tuple[float | None, int]]:
     if "groups" in row:
         return {f"group {k}": tuple(group) for k, group in enumerate(row["groups"])}
     return {name: (row[name], row[f"{name}_tokens"]) for name in ("important", "unimportant")}
+
+
+def fault(row: dict, objective: Named, nats: Tensor, tokens: Tensor, supervised: Tensor, off: Tensor | None) -> str:
+    """What forbids the update, after a step's gradient is there; "" if nothing does.
+
+    Args:
+        row:          what the log would have.
+        nats, tokens: the step's sums, (K,) each, and how many tokens are `supervised`, ().
+        off:          (K,) price · all tokens - 1, where the objective said that its price is constant.
+    """
+    if tokens.sum() != supervised:
+        return f"the grouper gave labels outside 0 … {len(tokens) - 1}, or scores of nan"
+    if off is not None and off.abs().max() > 1e-5:
+        costs = ", ".join(f"{1 + x:.4g}" for x in off.tolist())
+        return f"{objective} calls its price constant, but a nat of its groups costs {costs} times 1 / (all tokens)"
+    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+        return ""
+    if math.isfinite(row["ce"]) and not math.isfinite(row["loss"]):
+        finite = "of finite losses" if nats.isfinite().all() else "by weights that are below 0 or not finite"
+        return f"{line(row)}: {objective} made it {finite}"
+    return f"{line(row)}. Lower --lr or use --dtype float32"
 
 
 def short(mean: float | None) -> str:
@@ -96,19 +119,25 @@ def memory_needed(
 
 def plan(
     cfg,
+    functions: tuple[Named, Named],
     corpus: Corpus,
     llama: LlamaConfig,
     folder: Path,
     prior: np.ndarray | None,
-    steps: int,
-    per_epoch: int,
+    steps: tuple[int, int],
     ranks: int,
 ) -> None:
-    """Say, before anything large is loaded, what will be trained on what; `prior` is None where it takes a model.
+    """Say, before anything large is loaded, what will be trained on what.
+
+    Args:
+        functions: the objective and the grouper.
+        prior:     None where it takes a model.
+        steps:     of the run, of an epoch.
 
     Raises:
         ValueError: there is no step, or the disk cannot hold the checkpoints.
     """
+    (objective, grouper), (steps, per_epoch) = functions, steps
     if not steps:
         cure = "lower --batch-size or leave out --drop-last"
         raise ValueError(f"{cfg.data}: {len(corpus)} samples make no full batch of {cfg.batch_size}; {cure}")
@@ -121,9 +150,10 @@ def plan(
     split, recompute = ranks if cfg.shard == "fsdp" else 1, cfg.checkpoint_activations
     memory = memory_needed(llama, parameters, positions, DTYPES[cfg.dtype].itemsize, split, recompute)
     lam = f"{cfg.lam_max:g}" + f" → {cfg.lam_min:g}" * (cfg.lam_min != cfg.lam_max)
-    method = f"{cfg.objective}, λ {lam}, scope {cfg.scope}; groups by {cfg.grouper}"
-    method += "" if cfg.grouper == "none" else f", η {' '.join(f'{eta:g}' for eta in cfg.eta)}: "
-    method += "" if cfg.grouper == "none" else share(cfg, corpus, prior)
+    groups = share(cfg, grouper, corpus, prior)
+    method = f"{objective.name}, λ {lam}, scope {cfg.scope}; groups by {grouper.name}{groups}"
+    unknown = [function.name for function in functions if (function.digest or "").startswith(UNKNOWN)]
+    stuck = f"{' and '.join(unknown)} has no source to know it by again: this run cannot be resumed"
     fresh = "" if weight_files(folder) else " (fresh: no weights in the folder)"
     size = f"{12 * parameters / 1e9:.2g} GB each, every {cfg.checkpoint_every} steps, the newest {cfg.keep} kept"
     lines = {
@@ -139,6 +169,7 @@ def plan(
         "memory": f"about {sum(memory.values()) / 1e9:.2g} GB of tensors{' on each rank' * (ranks > 1)}: "
         + ", ".join(f"{what} {n / 1e9:.2g}" for what, n in memory.items()),
         "saves": f"checkpoints: {size if cfg.checkpoint_every else 'none'}",
+        "resume": stuck if unknown else "",
     }
     print("\n".join(f"{name:<8}{told}" for name, told in lines.items() if told))
     needed, free = 12 * parameters * (cfg.keep + 1) if cfg.checkpoint_every else 0, disk_free(cfg.out)
@@ -148,16 +179,30 @@ def plan(
         raise ValueError(f"{cfg.out or 'runs'}: {free / 1e9:.3g} GB free, but {taken}; {cure}")
 
 
-def share(cfg, corpus: Corpus, prior: np.ndarray | None) -> str:
+def share(cfg, grouper: Named, corpus: Corpus, prior: np.ndarray | None) -> str:
     """How many of the supervised tokens are in which group, where that is known before the first step."""
-    if cfg.grouper in groupers.IN_STEP:
-        return "labelled at each step" + f" against {cfg.reference}" * (cfg.grouper == "rho1")
+    eta = f", η {' '.join(f'{eta:g}' for eta in cfg.eta)}: "
+    if grouper.name == "none":
+        return ""
+    if getattr(grouper, "in_step", False):
+        return f"{eta}labelled at each step" + f" against {cfg.reference}" * (grouper.name == "rho1")
     if prior is None:
-        return f"{cfg.llmlingua_model} scores the answers"
-    mask = torch.from_numpy(corpus.loss_mask)
-    group = groupers.cut(torch.from_numpy(prior), mask, torch.from_numpy(corpus.doc_ids), cfg.eta)[mask]
-    shares = [f"{n / len(group):.1%}" for n in group.bincount(minlength=2).tolist()]
-    return f"{', '.join(shares[1:])} of the supervised tokens important"
+        return f"{eta}{cfg.llmlingua_model} scores the answers"
+    group, scored = groups_of_corpus(grouper, cfg.eta, corpus, prior)[corpus.loss_mask], prior.dtype.kind == "f"
+    shares = [f"{n / len(group):.1%}" for n in np.bincount(group, minlength=2 if scored else 1).tolist()]
+    if scored:
+        return f"{eta}{', '.join(shares[1:])} of the supervised tokens important"
+    listed = ", ".join(shares[:12]) + ", …" * (len(shares) > 12)
+    return f": {len(shares)} group{'s' * (len(shares) > 1)}, {listed} of the supervised tokens"
+
+
+def groups_of_corpus(
+    grouper: Named, etas: tuple[float, ...], corpus: Corpus, prior: np.ndarray, nats=None
+) -> np.ndarray:
+    """The group of each token, (tokens,) int; `nats` (tokens,) are needed by a grouper that looks at losses."""
+    arrays = {"prior": prior, "loss_mask": corpus.loss_mask, "doc_ids": corpus.doc_ids}
+    batch = SimpleNamespace(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+    return groupers.labeller(grouper, etas)(None if nats is None else torch.from_numpy(nats), batch).numpy()
 
 
 def disk_free(out: str | None) -> int:

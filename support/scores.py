@@ -16,7 +16,6 @@ import torch
 from tqdm import tqdm
 
 import data
-import groupers
 from data import Corpus
 from model import Llama, LlamaConfig
 from published.config import read_config
@@ -24,34 +23,62 @@ from published.hub import resolve
 from published.tokenizer import Tokenizer, require_trained_headers
 from published.weights import DTYPES, weight_files
 from support.llmlingua2 import Classifier, keep_scores, need_transformers
-from support.named import named
+from support.named import Named
 from support.ranks import Ranks
 from support.report import share
 
+MOST_GROUPS = 256  # more than anyone reads in a log; who counts further has probably meant scores
 
-def without_model(grouper: str, corpus: Corpus, seed: int) -> np.ndarray | None:
-    """The prior of a grouper that takes no model, (tokens,) float32; None for one that does."""
-    if grouper in ("llmlingua2", "rho1"):
+
+def without_model(grouper: Named, corpus: Corpus, seed: int) -> np.ndarray | None:
+    """The prior of a grouper that takes no model, (tokens,) float32 or int64; None for one that does.
+
+    Raises:
+        ValueError: what it returned is neither a score nor a group for each token.
+    """
+    if grouper.digest is None and grouper.name in ("llmlingua2", "rho1"):
         return None
-    if grouper in ("none", *groupers.IN_STEP):  # no score before the step: no token important
-        return np.full(len(corpus.ids), -np.inf, np.float32)
-    scores = named(grouper, groupers.ONCE, "--grouper")(corpus, seed)
-    found = f"{getattr(scores, 'dtype', type(scores).__name__)} {getattr(scores, 'shape', '')}"
-    if not isinstance(scores, np.ndarray) or scores.shape != corpus.ids.shape or scores.dtype.kind != "f":
-        raise ValueError(f"--grouper {grouper}: returned {found}, expected floats in a numpy array {corpus.ids.shape}")
-    return scores.astype(np.float32)
+    make = getattr(grouper, "prior", None) if getattr(grouper, "in_step", False) else grouper
+    if make is None:  # it looks at the losses alone
+        return np.zeros(len(corpus.ids), np.float32)
+    prior, mask = make(corpus, seed), corpus.loss_mask
+    holds = isinstance(prior, np.ndarray) and prior.shape == corpus.ids.shape and prior.dtype.kind in "fiu"
+    kinds = f"floats (scores) or integers (groups) in a numpy array {corpus.ids.shape}"
+    grouper.expect(prior, holds, kinds)
+    if prior.dtype.kind == "f":
+        grouper.expect(
+            prior, not np.isnan(prior[mask]).any(), f"no nan, as it has for token {first(prior != prior, mask)}"
+        )
+        return prior.astype(np.float32)
+    if make is grouper:
+        bad = (prior < 0) | (prior >= MOST_GROUPS)
+        at = first(bad, mask)
+        limits = f"groups 0 … {MOST_GROUPS - 1}; token {at} has {prior[at]}. Scores are floats"
+        grouper.expect(prior, not bad[mask].any(), limits)
+    return prior.astype(np.int64)
 
 
-def with_model(cfg, corpus: Corpus, cache: Path, ranks: Ranks) -> np.ndarray:
+def first(there: np.ndarray, mask: np.ndarray) -> int:
+    """The first supervised token of those."""
+    return int((there & mask).argmax())
+
+
+def how_many(grouper: Named, prior: np.ndarray, loss_mask: np.ndarray, etas: tuple[float, ...]) -> int:
+    """K, the number of groups."""
+    given = prior.dtype.kind == "i" and not getattr(grouper, "in_step", False)
+    return int(prior[loss_mask].max()) + 1 if given else len(etas) + 1
+
+
+def with_model(cfg, grouper: Named, corpus: Corpus, cache: Path, ranks: Ranks) -> np.ndarray:
     """The prior of llmlingua2 or rho1, (tokens,) float32: keep probabilities, or the reference's nats."""
-    if cfg.grouper == "llmlingua2":
+    if grouper.name == "llmlingua2":
 
         def scorer(folder: Path) -> Callable[[Corpus], np.ndarray]:
             return partial(keep_scores, classifier=Classifier(folder, ranks.device))
 
         made_by = ["keep probability", version("transformers"), version("tokenizers")]
         scores = shared(cfg.llmlingua_model, scorer, made_by, corpus, cache, ranks)
-        print(f"groups  {share(cfg, corpus, scores)}")
+        print(f"groups  {share(cfg, grouper, corpus, scores).split(': ')[1]}")
         return scores
     dtype = DTYPES[cfg.dtype]
 

@@ -14,8 +14,10 @@ import groupers
 from data import END, PROMPT, RESPONSE, TEMPLATE, Corpus, load_corpus, micro_batches
 from groupers import cut, important, labeller
 from published.tokenizer import Tokenizer
+from support.named import named
 from support.scores import without_model
 
+ONCE = ("random", "frequency", "tfidf")  # scores of the corpus alone
 LIMA = SHARED / "data" / "lima" / "train.jsonl.gz"
 
 
@@ -34,7 +36,7 @@ def sentence(*ids):
 def groups(grouper, corpus, *etas, seed=0) -> np.ndarray:
     """The group of every token of a corpus, (tokens,) int."""
     mask, doc_ids = torch.from_numpy(corpus.loss_mask), torch.from_numpy(corpus.doc_ids)
-    return cut(torch.from_numpy(without_model(grouper, corpus, seed)), mask, doc_ids, etas).numpy()
+    return cut(torch.from_numpy(without_model(named(grouper, "--grouper"), corpus, seed)), mask, doc_ids, etas).numpy()
 
 
 def plain_loop(scores, loss_mask, doc_ids, eta):
@@ -136,7 +138,7 @@ def test_no_grouper_reads_or_moves_a_global_random_state():
         return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), python_random.getstate()
 
     before = states()
-    for name in groupers.ONCE:
+    for name in ONCE:
         groups(name, corpus, 0.5)
     assert states() == before
 
@@ -144,11 +146,11 @@ def test_no_grouper_reads_or_moves_a_global_random_state():
 @pytest.mark.fast
 def test_every_grouper_without_a_model_scores_each_token_before_the_first_step():
     corpus = corpus_of(sentence(1, 2, 3), sentence(1, 4, 4))
-    for name in {*groupers.NAMES} - {"llmlingua2", "rho1"}:
-        scores = without_model(name, corpus, 0)
+    for name in {*groupers.GROUPERS} - {"llmlingua2", "rho1", "loss"}:
+        scores = without_model(named(name, "--grouper"), corpus, 0)
         assert scores.dtype == np.float32 and scores.shape == corpus.ids.shape
         assert np.isneginf(scores[(corpus.kind == TEMPLATE) | (corpus.kind == END)]).all()
-        assert groups(name, corpus, 0.5).any() == (name in groupers.ONCE), "of none and loss, no token is important yet"
+        assert groups(name, corpus, 0.5).any() == (name in ONCE), "of none, no token is important"
 
 
 # In a step: labels from a batch.
@@ -161,15 +163,15 @@ def test_a_score_made_once_travels_with_its_token_and_the_losses_change_nothing(
     (batch,) = micro_batches(corpus, scores, np.arange(2), 64)
     assert batch.prior.tolist() == [1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
     for nll in (torch.rand(10), torch.full((10,), torch.nan)):
-        assert labeller("tfidf", (0.5,))(nll, batch).tolist() == [0, 0, 0, 1, 1] * 2
+        assert labeller(groupers.tfidf, (0.5,))(nll, batch).tolist() == [0, 0, 0, 1, 1] * 2
 
 
 @pytest.mark.fast
 def test_the_loss_grouper_labels_the_highest_losses_of_each_sample():
     corpus = corpus_of(sentence(1, 2, 3), sentence(4, 5, 6))
-    (batch,) = micro_batches(corpus, without_model("loss", corpus, 0), np.arange(2), 64)
+    (batch,) = micro_batches(corpus, without_model(named("loss", "--grouper"), corpus, 0), np.arange(2), 64)
     nll = torch.tensor([9.0, 0.1, 0.2, 0.3, 0.0, 9.0, 5.0, 4.0, 6.0, 1.0])  # prompt, 3 words, end; twice
-    assert labeller("loss", (0.7,))(nll, batch).tolist() == [0, 0, 0, 1, 0] * 2
+    assert labeller(groupers.loss, (0.7,))(nll, batch).tolist() == [0, 0, 0, 1, 0] * 2
 
 
 @pytest.mark.fast
@@ -179,8 +181,8 @@ def test_rho1_labels_the_highest_excess_over_the_reference():
     (batch,) = micro_batches(corpus, reference, np.arange(2), 64)
     assert batch.prior.tolist() == [0, 4, 1, 2, 0.5] * 2, "the reference's loss travels with the token it is of"
     nll = torch.tensor([9.0, 4.1, 1.3, 2.2, 0.5, 9.0, 3.0, 1.0, 2.0, 0.6])  # excess 0.1 0.3 0.2 0.0, then -1 0 0 0.1
-    assert labeller("rho1", (0.7,))(nll, batch).tolist() == [0, 0, 1, 0, 0] + [0, 0, 0, 0, 1]
-    level = labeller("rho1", (0.7,))(batch.prior.clone(), batch)
+    assert labeller(groupers.rho1, (0.7,))(nll, batch).tolist() == [0, 0, 1, 0, 0] + [0, 0, 0, 0, 1]
+    level = labeller(groupers.rho1, (0.7,))(batch.prior.clone(), batch)
     assert torch.equal(level.bool(), batch.loss_mask), "a model that is its own reference: no excess, one group"
 
 
@@ -196,7 +198,7 @@ def test_two_etas_make_three_groups(grouper, etas):
     (batch,) = micro_batches(corpus, prior, np.arange(2), 64)
     nll = batch.prior.clone() * (2 if grouper == "rho1" else 1)
     by_hand = [0] + [0, 0, 0, 0, 1, 1, 1, 1, 2] + [0]  # the top 10 % are 2, the rest of the top half 1
-    assert labeller(grouper, etas)(nll, batch).tolist() == by_hand * 2
+    assert labeller(groupers.GROUPERS[grouper], etas)(nll, batch).tolist() == by_hand * 2
 
 
 @pytest.mark.fast

@@ -20,6 +20,7 @@ from groupers import cut
 from published.tokenizer import Tokenizer
 from support.llmlingua2 import Classifier, keep_scores, span_means
 from support.ranks import Ranks
+from support.named import named
 from support.scores import with_model
 
 WORDS = "rain river carry little salt down sea morning old fisherman walked along shore where small crabs hiding under"
@@ -385,7 +386,7 @@ def scored(folders, corpus_and_folder, tmp_path, monkeypatch):
         calls.clear()
         base = f"--model {folder} --data {tmp_path / 'rows.jsonl'} --context 512 --grouper llmlingua2"
         cfg = train.parse_args([*base.split(), "--llmlingua-model", str(classifier), *map(str, flags)])
-        return with_model(cfg, corpus, tmp_path / "cache", Ranks()), bool(calls)
+        return with_model(cfg, named("llmlingua2", "--grouper"), corpus, tmp_path / "cache", Ranks()), bool(calls)
 
     return score
 

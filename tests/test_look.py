@@ -170,7 +170,7 @@ def test_every_token_of_an_answer_has_its_score_and_shade(here, corpus):
     (view,) = look.views(arguments(here), corpus, np.arange(3), Tokenizer(here / "model", 512))
     mask, scores = corpus.loss_mask, groupers.tfidf(corpus)
     important = groupers.important(*map(torch.from_numpy, (scores, mask, corpus.doc_ids)), 0.5)
-    assert (view.scores == scores).all() and (view.important == important.numpy()).all()
+    assert (view.scores == scores).all() and (view.picked == important.numpy()).all()
     assert np.isnan(view.rank[~mask | np.isneginf(view.scores)]).all()
     for sample in range(3):
         mine = mask & (corpus.doc_ids == sample) & (view.scores > -np.inf)
@@ -198,7 +198,7 @@ def test_losses_are_those_of_the_model_and_rho1_takes_the_references_away(here, 
     theta_nll, phi_nll = (corpus_nll(Llama.from_pretrained(name), chosen, 512) for name in (here / "model", phi))
     np.testing.assert_allclose(loss.scores, theta_nll, atol=1e-5)
     np.testing.assert_allclose(rho1.scores, theta_nll - phi_nll, atol=1e-5)
-    assert loss.important.any() and (loss.important != rho1.important).any()
+    assert loss.picked.any() and (loss.picked != rho1.picked).any()
 
 
 @pytest.mark.fast
@@ -214,14 +214,14 @@ def test_llmlingua2_reads_only_the_samples_looked_at(here, corpus, tmp_path, mon
     chosen = corpus.take(samples)
     both = [everything[a:b] for a, b in (corpus.starts[[0, 1]], corpus.starts[[2, 3]])]
     np.testing.assert_allclose(view.scores, np.concatenate(both), atol=1e-5)
-    assert 0.3 < view.important[chosen.loss_mask].mean() < 0.7
+    assert 0.3 < view.picked[chosen.loss_mask].mean() < 0.7
 
 
 @pytest.mark.fast
 def test_a_function_of_a_users_file_is_shown_as_ours_are(here, corpus):
     (here / "mine.py").write_text("import numpy as np\ndef long(c, seed): return np.diff(c.spans)[:, 0].astype('f4')\n")
     (view,) = look.views(arguments(here, "--grouper", f"{here / 'mine.py'}:long"), corpus, np.arange(3), None)
-    assert (view.scores == np.diff(corpus.spans)[:, 0]).all() and view.important.any()
+    assert (view.scores == np.diff(corpus.spans)[:, 0]).all() and view.picked.any()
 
 
 def arguments(here, *more):

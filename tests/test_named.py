@@ -1,12 +1,25 @@
-"""--grouper FILE.py:NAME and --objective FILE.py:NAME: a user's own functions train, and every mistake is one line."""
+"""Objectives and groupers of one's own, from FILE.py:NAME or from Python: they train, resume and are known again by
+their content, and every mistake is one line.
+"""
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import groupers
+import sftgo
 import train
+from support.named import Named, named
+
+ROOT = Path(train.__file__).parent
 
 MINE = '''"""Three groups by length; the groups are weighed by how high their means are."""
 
@@ -29,13 +42,61 @@ def plain(nats, tokens, lam):
 
 
 plain.constant_price = lambda lam: True
+
+
+def excess(nll, prior):
+    return nll - prior
+
+
+excess.in_step = True
+excess.prior = lambda corpus, seed: np.diff(corpus.spans)[:, 0].astype(np.float32)
+
+
+def hardest(nll, prior):
+    assert not prior.any()
+    return nll
+
+
+hardest.in_step = True
+
+
+def parity(corpus, seed):
+    return corpus.ids % 2
+
+
+def one(corpus, seed):
+    return np.zeros(len(corpus.ids), np.uint8)
+
+
+class Counting:
+    """Cross-entropy times the number of steps so far, at most 3 of them."""
+
+    def __init__(self):
+        self.steps = 1
+
+    def __call__(self, nats, tokens, lam):
+        return self.steps * nats.sum() / tokens.sum()
+
+    def update(self, nats, tokens):
+        assert nats.dtype == torch.float64 and not nats.requires_grad
+        self.steps = min(self.steps + 1, 3)
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+
+counting = Counting()
 NUMBER = 3
 '''
 
 
 @pytest.fixture
 def mine(tmp_path):
-    path = tmp_path / "mine.py"
+    path = tmp_path / "mine" / "mine.py"
+    path.parent.mkdir()
     path.write_text(MINE)
     return path
 
@@ -47,10 +108,24 @@ def config(folder, rows, *flags):
     )
 
 
-def run(folder, rows, out, *flags):
-    train.train(config(folder, rows, "--out", out, *flags))
+def result(out):
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return metrics, load_file(out / "model" / "model.safetensors")
+
+
+def run(folder, rows, out, *flags, **objects):
+    train.train(config(folder, rows, "--out", out, *flags), **objects)
+    return result(out)
+
+
+def same(a, b):
+    (rows, weights), (others, other_weights) = a, b
+    timed = {"seconds", "tokens_per_second", "peak_memory_bytes"}
+    strip = lambda rows: [{k: x for k, x in row.items() if k not in timed} for row in rows]  # noqa: E731
+    return strip(rows) == strip(others) and all(torch.equal(w, other_weights[name]) for name, w in weights.items())
+
+
+MANY = "--micro-batch-tokens", 127  # a batch is several micro-batches
 
 
 def test_a_users_grouper_and_objective_train_three_groups(folder, rows, mine, tmp_path):
@@ -72,11 +147,270 @@ def test_a_users_grouper_and_objective_train_three_groups(folder, rows, mine, tm
 
 
 def test_an_objective_that_says_its_price_is_constant_trains_as_cross_entropy_does(folder, rows, mine, tmp_path):
-    many = "--grouper", "tfidf", "--micro-batch-tokens", 127  # a batch is several micro-batches
+    many = "--grouper", "tfidf", *MANY
     metrics, weights = run(folder, rows, tmp_path / "a", *many, "--objective", f"{mine}:plain")
     others, other_weights = run(folder, rows, tmp_path / "b", *many, "--objective", "cross_entropy")
     assert [row["loss"] for row in metrics] == [row["loss"] for row in others]
     assert all(torch.equal(w, other_weights[name]) for name, w in weights.items())
+
+
+@pytest.mark.parametrize("scope", ["step", "micro_batch"])
+def test_scores_made_in_a_step_are_those_of_the_grouper_that_does_the_same(folder, rows, mine, tmp_path, scope):
+    flags = "--scope", scope, *MANY, "--eta", 0.3, 0.8
+    ours = run(folder, rows, tmp_path / "a", *flags, "--grouper", "loss")
+    theirs = run(folder, rows, tmp_path / "b", *flags, "--grouper", f"{mine}:hardest")
+    assert same(ours, theirs)
+    other = run(folder, rows, tmp_path / "c", *flags, "--grouper", f"{mine}:excess")
+    assert not same(ours, other), "what its own prior() returned counts"
+
+
+@pytest.mark.parametrize("name, K", [("parity", 2), ("one", 1)])
+def test_integers_are_the_groups_themselves_whatever_eta_is(folder, rows, mine, tmp_path, capsys, name, K):
+    metrics, _ = run(folder, rows, tmp_path / "a", "--grouper", f"{mine}:{name}", "--eta", 0.2, *MANY)
+    said = capsys.readouterr().out
+    assert f"mine.py:{name}: {K} group" in said and "η" not in said.split("method")[1].splitlines()[0]
+    assert same((metrics, {}), (run(folder, rows, tmp_path / "b", "--grouper", f"{mine}:{name}", *MANY)[0], {}))
+    for row in metrics:
+        if K == 2:
+            assert "groups" not in row and row["important_tokens"] > 20 < row["unimportant_tokens"]
+        else:  # one group: the worst of all is all
+            assert row["groups"] == [[row["ce"], row["important_tokens"]]] and row["loss"] == pytest.approx(row["ce"])
+
+
+def test_without_a_grouper_the_log_has_two_groups_whatever_eta_is(folder, rows, tmp_path):
+    metrics, _ = run(folder, rows, tmp_path / "a", "--grouper", "none", "--eta", 0.2, 0.8)
+    assert all("groups" not in row and row["important"] is None and row["unimportant"] for row in metrics)
+
+
+# From Python.
+
+
+def soft_worst(nats, tokens, lam):
+    means = nats / tokens.clamp(min=1)
+    weights = torch.where(tokens > 0, means, -torch.inf).detach().softmax(0)
+    return (1 - lam) * nats.sum() / tokens.sum() + lam * (weights * means).sum()
+
+
+def length(corpus, seed):
+    return np.diff(corpus.spans)[:, 0].astype(np.float32)
+
+
+class Steep:
+    def __init__(self, power):
+        self.power = power
+
+    def __call__(self, nats, tokens, lam):
+        return (nats.sum() / tokens.sum()) ** self.power
+
+
+def test_objects_from_python_train_as_the_same_functions_of_a_file_do(folder, rows, mine, tmp_path):
+    flags = "--eta", 0.5, 0.9, *MANY
+    names = "--grouper", f"{mine}:length", "--objective", f"{mine}:soft_worst"
+    by_file = run(folder, rows, tmp_path / "a", *flags, *names)
+    by_name = run(folder, rows, tmp_path / "b", *flags, objective=f"{mine}:soft_worst", grouper=f"{mine}:length")
+    by_object = run(folder, rows, tmp_path / "c", *flags, objective=soft_worst, grouper=length)
+    assert same(by_file, by_name) and same(by_file, by_object)
+    about = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert about["config"]["objective"] == "test_named:soft_worst" and about["config"]["grouper"] == "test_named:length"
+    assert all(len(digest) == 64 for digest in about["digests"].values()) and len(about["digests"]) == 2
+
+
+@pytest.mark.fast
+def test_one_of_ours_given_as_the_function_is_the_same_run(folder, rows):
+    cfg = train.Config(**vars(config(folder, rows)) | {"objective": sftgo.important_only, "grouper": groupers.loss})
+    assert (cfg.objective, cfg.grouper) == ("important_only", "loss")
+    with pytest.raises(ValueError, match="rho1 needs --reference"):
+        train.Config(**vars(config(folder, rows)) | {"grouper": groupers.rho1})
+
+
+@pytest.mark.fast
+def test_an_object_is_known_by_its_source_and_by_what_was_set_on_it():
+    def digest(given):
+        return named(given, "--objective").digest
+
+    def scaled(by):
+        return lambda nats, tokens, lam: by * nats.sum() / tokens.sum()
+
+    assert digest(Steep(2)) == digest(Steep(2)) != digest(Steep(3)) and len(digest(Steep(2))) == 64
+    assert digest(scaled(1)) == digest(scaled(1)) != digest(scaled(2))
+    assert digest(soft_worst) != digest(scaled(1))
+    here = {}
+    exec("def f(nats, tokens, lam):\n    return nats.sum()", here)
+    assert digest(here["f"]) != digest(here["f"]), "no source: nothing is known to be the same"
+    assert digest(scaled(object())) != digest(scaled(object()))
+
+
+def test_without_source_a_run_says_at_once_that_it_cannot_be_resumed_and_is_not(folder, rows, tmp_path, capsys):
+    here = {}
+    exec("def f(nats, tokens, lam):\n    return nats.sum() / tokens.sum()", here)
+    cfg = config(folder, rows, "--out", tmp_path / "a")
+    train.train(cfg, objective=here["f"])
+    plan, _ = capsys.readouterr().out.split("run     ")
+    assert "has no source to know it by again: this run cannot be resumed" in plan
+    with pytest.raises(ValueError, match="holds a run with another objective"):
+        train.train(cfg, objective=here["f"])
+
+
+# The record.
+
+
+def test_a_run_is_known_by_the_content_of_the_file_and_not_by_its_place(folder, rows, mine, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(folder, rows, out, "--objective", f"{mine}:plain")
+    about = json.loads((out / "config.json").read_text())
+    assert about["config"]["objective"] == f"{mine}:plain" and [*about["digests"]] == ["objective"]
+    elsewhere = tmp_path / "elsewhere.py"
+    elsewhere.write_text(MINE)
+    capsys.readouterr()
+    train.train(config(folder, rows, "--objective", f"{elsewhere}:plain", "--out", out))
+    assert "already finished" in capsys.readouterr().out
+    for flags in (("--objective", f"{mine}:soft_worst"), (), ("--objective", "cross_entropy")):
+        with pytest.raises(ValueError, match="holds a run with another objective"):
+            train.train(config(folder, rows, *flags, "--out", out))
+    mine.write_text(MINE + "# changed\n")
+    with pytest.raises(ValueError, match="another objective .*plain with content .*, now plain with content") as e:
+        train.train(config(folder, rows, "--objective", f"{mine}:plain", "--out", out))
+    assert "\n" not in str(e.value)
+
+
+def test_the_papers_command_does_not_take_a_hacked_run_for_its_own(folder, rows, mine, tmp_path):
+    """Commit dedf155: a hacked loss left no trace in the run folder, and this said "already finished"."""
+    run(folder, rows, tmp_path / "out", "--objective", f"{mine}:soft_worst")
+    with pytest.raises(ValueError, match="another objective"):
+        run(folder, rows, tmp_path / "out")
+
+
+# A state.
+
+
+def test_a_state_moves_once_a_step_and_begins_anew_in_each_run(folder, rows, mine, tmp_path):
+    """Commit dedf155 called the objective twice a step, so that a state in it moved twice."""
+    flags = "--objective", f"{mine}:counting", "--grouper", "none", "--lr", 1e-9
+    for out in ("a", "b"):
+        metrics, _ = run(folder, rows, tmp_path / out, *flags, *MANY)
+        assert [round(row["loss"] / row["ce"], 5) for row in metrics] == [1, 2, 3]
+
+
+def test_a_given_object_is_not_changed_by_the_run(folder, rows, tmp_path):
+    objective = DRO()
+    run(folder, rows, tmp_path / "a", objective=objective)
+    assert objective.log_weights == 0
+
+
+class DRO:
+    """A state that is a tensor, of a shape that only the first step knows."""
+
+    def __init__(self):
+        self.log_weights = torch.zeros(())
+
+    def __call__(self, nats, tokens, lam):
+        return ((self.log_weights + nats.detach() / tokens).softmax(0) * nats / tokens).sum()
+
+    def update(self, nats, tokens):
+        self.log_weights = (self.log_weights + nats / tokens).log_softmax(0)
+
+    def state_dict(self):
+        return {"log_weights": self.log_weights}
+
+    def load_state_dict(self, state):
+        self.log_weights = state["log_weights"]
+
+
+@pytest.mark.parametrize("name", ["state", "weights"])
+def test_a_run_that_stops_and_resumes_is_the_uninterrupted_one(folder, rows, tmp_path, monkeypatch, name):
+    objective, grouper = {"state": (DRO(), length), "weights": (Weighted(), "loss")}[name]
+    flags = "--max-steps", 6, "--checkpoint-every", 2, *MANY
+    whole = run(folder, rows, tmp_path / "whole", *flags, objective=objective, grouper=grouper)
+
+    def stop(*args):
+        if args[5] == 5:
+            raise KeyboardInterrupt
+        return update(*args)
+
+    update = train.update
+    monkeypatch.setattr(train, "update", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, rows, tmp_path / "parts", *flags, objective=objective, grouper=grouper)
+    monkeypatch.setattr(train, "update", update)
+    newest = tmp_path / "parts" / "checkpoints" / "step-000004"
+    assert (newest / "objective.pt").is_file() == (name == "state")
+    resumed = run(folder, rows, tmp_path / "parts", *flags, objective=objective, grouper=grouper)
+    assert [row["step"] for row in resumed[0]] == [*range(1, 7)] and same(whole, resumed)
+
+
+def test_a_state_that_could_not_be_loaded_again_is_refused(folder, rows, tmp_path):
+    class Wrong(DRO):
+        def state_dict(self):
+            return {"log_weights": Path("x")}
+
+    with pytest.raises(ValueError, match="state_dict.. holds something else; only tensors"):
+        run(folder, rows, tmp_path / "a", "--checkpoint-every", 1, objective=Wrong())
+    assert not (tmp_path / "a" / "metrics.jsonl").read_text(), "before the first step, not after hours"
+
+
+# Weights.
+
+
+class Weighted:
+    """An objective of weighted nats whose price is not constant."""
+
+    def __call__(self, nats, tokens, lam):
+        full = tokens > 0
+        means = nats[full] / tokens[full]
+        return means.softmax(0) @ means
+
+    def weigh(self, nll, batch):
+        return nll.square() / 30 + batch.targets % 2
+
+
+def test_weights_change_the_loss_but_not_what_is_logged_of_the_model(folder, rows, tmp_path):
+    flags = "--lam-max", 0, "--grouper", "loss", *MANY
+    plain, _ = run(folder, rows, tmp_path / "a", *flags)
+    for half in (0.5, 1.0):
+        weighted = Half(half)
+        metrics, _ = run(folder, rows, tmp_path / f"b{half}", *flags, objective=weighted)
+        for name in ("ce", "important", "unimportant", "important_tokens"):
+            assert metrics[0][name] == pytest.approx(plain[0][name], rel=1e-6)
+        assert metrics[0]["loss"] == pytest.approx(half * plain[0]["ce"], rel=1e-6)
+        assert metrics[0]["grad_norm"] == pytest.approx(half * plain[0]["grad_norm"], rel=1e-5)
+
+
+class Half:
+    def __init__(self, weight):
+        self.weight = weight
+
+    def constant_price(self, lam):
+        return True
+
+    def __call__(self, nats, tokens, lam):
+        return nats.sum() / tokens.sum()
+
+    def weigh(self, nll, batch):
+        return torch.full_like(nll, self.weight)
+
+
+def test_weights_are_made_once_for_each_micro_batch_from_losses_without_a_gradient(folder, rows, tmp_path):
+    calls = []
+
+    def objective(nats, tokens, lam):
+        return sftgo.sft_go(nats, tokens, 0.5)
+
+    def weigh(nll, batch):
+        calls.append(nll.requires_grad)
+        return torch.ones_like(nll, requires_grad=True)
+
+    objective.weigh = weigh
+    run(folder, rows, tmp_path / "a", "--max-steps", 1, "--batch-size", 11, *MANY, objective=objective)
+    assert len(calls) > 2 and not any(calls)
+    with open(tmp_path / "a" / "metrics.jsonl") as f:
+        assert json.loads(f.readline())["loss"] > 0
+    pieces = len(calls)
+    calls.clear()
+    run(folder, rows, tmp_path / "b", "--max-steps", 1, "--batch-size", 11, *MANY, objective=objective)
+    assert len(calls) == pieces
+
+
+# Mistakes.
 
 
 @pytest.mark.fast
@@ -94,11 +428,14 @@ def test_a_file_that_both_flags_name_is_run_once(folder, rows, mine, tmp_path):
         ("absent.py:f", None, "no such file .*absent.py"),
         ("mine.py:", MINE, "mine.py has no function"),
         ("mine.py:shorter", MINE, "mine.py has no function shorter"),
-        ("mine.py:NUMBER", MINE, "mine.py has no function NUMBER"),
+        ("mine.py:NUMBER", MINE, r"mine.py has no function NUMBER \(it is int\)"),
+        ("mine.py:Counting", MINE, r"a class; name an object of it: NAME = Counting\(…\)"),
         ("mine.py", MINE, "expected one of .*, or FILE.py:NAME"),
         ("mine.py:f", "def f(:\n", r"SyntaxError while it was imported \(.*mine.py, line 1\)"),
         ("mine.py:f", "1 / 0\n", r"ZeroDivisionError while it was imported"),
         ("mine.py:f", "import absent_library\n", "No module named 'absent_library'"),
+        ("mine.py:f", "def f(nats): pass\n", r"cannot be called with \(\w+, .*\): too many positional arguments"),
+        ("mine.py:f", "def f(a, b, c, d): pass\n", r"cannot be called with .*: missing a required argument: '[cd]'"),
         ("mine.txt:f", "def f(): pass\n", r"not a Python file \(its name must end in .py\)"),
         (":f", None, "expected one of"),
     ],
@@ -114,23 +451,172 @@ def test_a_mistake_in_the_name_or_the_file_is_one_clear_error(folder, rows, tmp_
 
 
 @pytest.mark.fast
+def test_an_update_without_a_way_to_save_its_state_is_refused_at_once(folder, rows, mine):
+    mine.write_text("def f(nats, tokens, lam):\n    return nats.sum()\n\n\nf.update = lambda nats, tokens: None\n")
+    message = "has update but no load_state_dict and no state_dict: a resumed run would lose its state"
+    with pytest.raises(ValueError, match=message):
+        config(folder, rows, "--objective", f"{mine}:f")
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "returned, found",
     [
-        ("np.zeros(3)", r"float64 \(3,\)"),
+        ("np.zeros(3)", r"float64 \(3,\), expected floats \(scores\) or integers \(groups\)"),
         ("np.zeros((len(c.ids), 2))", r"float64 \(\d+, 2\)"),
-        ("np.zeros(len(c.ids), int)", r"int64 \(\d+,\)"),
         ("c.loss_mask", r"bool \(\d+,\)"),
         ("[0.0] * len(c.ids)", "list"),
         ("__import__('torch').zeros(len(c.ids))", "torch.float32"),
         ("None", "NoneType"),
+        ("np.full(len(c.ids), np.nan)", r"float64 \(\d+,\), expected no nan, as it has for token \d+"),
+        ("np.arange(len(c.ids)) % 2 - 1", r"int64 \(\d+,\), expected groups 0 … 255; token \d+ has -1"),
+        ("np.arange(len(c.ids)) + 256", r"expected groups 0 … 255; token \d+ has \d+. Scores are floats"),
+        ("1 / 0", r"ZeroDivisionError: division by zero \(.*mine.py, line 5\)"),
     ],
 )
-def test_a_grouper_that_returns_anything_but_a_float_for_each_token_is_refused(folder, rows, mine, returned, found):
+def test_a_grouper_that_returns_anything_but_a_score_or_group_for_each_token_is_refused(
+    folder, rows, mine, returned, found
+):
     mine.write_text(f"import numpy as np\n\n\ndef f(c, seed):\n    return {returned}\n")
     out = mine.parent / "out"
-    with pytest.raises(
-        ValueError, match=rf"--grouper .*mine.py:f: returned {found}.*, expected floats .*\(\d+,\)"
-    ) as e:
+    with pytest.raises(ValueError, match=rf"^--grouper .*mine.py:f: .*{found}") as e:
         train.train(config(folder, rows, "--grouper", f"{mine}:f", "--out", out))
     assert "\n" not in str(e.value) and not out.exists()
+
+
+@pytest.mark.fast
+def test_what_is_nan_or_no_group_outside_the_answers_does_not_matter(folder, rows, mine):
+    mine.write_text("import numpy as np\n\n\ndef f(c, seed):\n    return np.where(c.loss_mask, 1.0, np.nan)\n")
+    train.train(config(folder, rows, "--grouper", f"{mine}:f", "--dry-run"))
+    mine.write_text("import numpy as np\n\n\ndef f(c, seed):\n    return np.where(c.loss_mask, c.ids % 3, -9)\n")
+    train.train(config(folder, rows, "--grouper", f"{mine}:f", "--dry-run"))
+
+
+STEP_MISTAKES = {  # what stands in the file, and the line that the first step gives
+    "a float": ("def f(nats, tokens, lam):\n    return 2.0", "returned float, expected a tensor ()"),
+    "a vector": (
+        "def f(nats, tokens, lam):\n    return nats / tokens",
+        "returned torch.float64 (2,), expected a tensor ()",
+    ),
+    "nothing": ("def f(nats, tokens, lam):\n    pass", "returned NoneType, expected a tensor ()"),
+    "no gradient": ("def f(nats, tokens, lam):\n    return nats.detach().sum()", "carries no gradient of nats"),
+    "another's gradient": (
+        "def f(nats, tokens, lam):\n    return __import__('torch').ones((), requires_grad=True) * 2",
+        "carries no gradient of nats",
+    ),
+    "raises": ("def f(nats, tokens, lam):\n    return nats[7]", "IndexError: index 7 is out of bounds"),
+    "not finite": ("def f(nats, tokens, lam):\n    return nats.sum() * float('inf')", "f made it of finite losses"),
+    "a lie": (
+        "import sftgo\n\n\ndef f(n, t, lam):\n    return sftgo.sft_go(n, t, 0.5)\n\n\nf.constant_price = lambda lam: True",
+        "calls its price constant, but a nat of its groups costs",
+    ),
+    "negative weights": (
+        "def f(n, t, lam):\n    return n.sum() / t.sum()\n\n\nf.weigh = lambda nll, batch: -nll",
+        "made it by weights that are below 0 or not finite",
+    ),
+    "weights of nan": (
+        "def f(n, t, lam):\n    return n.sum() / t.sum()\n\n\nf.weigh = lambda nll, batch: nll / 0 * 0",
+        "made it by weights that are below 0 or not finite",
+    ),
+    "weights of another shape": (
+        "def f(n, t, lam):\n    return n.sum() / t.sum()\n\n\nf.weigh = lambda nll, batch: nll[:3]",
+        "returned torch.float32 (3,), expected floats in a tensor (",
+    ),
+}
+IN_STEP = {
+    "scores of another shape": ("def f(nll, prior):\n    return nll[:3]", "expected floats in a tensor ("),
+    "integers in a step": ("def f(nll, prior):\n    return nll.int()", "returned torch.int32 ("),
+    "an array": ("def f(nll, prior):\n    return nll.numpy()", "returned float32 ("),
+    "scores of nan": ("def f(nll, prior):\n    return nll / 0 * 0", "(-1: a score of nan)"),
+}
+
+
+@pytest.mark.parametrize("mistake", [*STEP_MISTAKES, *IN_STEP])
+def test_a_mistake_that_only_a_step_shows_stops_the_first_one_with_one_line(folder, rows, mine, tmp_path, mistake):
+    text, message = (STEP_MISTAKES | IN_STEP)[mistake]
+    flag = "--grouper" if mistake in IN_STEP else "--objective"
+    mine.write_text(text + "\nf.in_step = True\n" * (mistake in IN_STEP))
+    with pytest.raises(ValueError) as e:
+        run(folder, rows, tmp_path / "out", flag, f"{mine}:f", "--max-steps", 1)
+    assert message in str(e.value) and "\n" not in str(e.value)
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_labels_that_are_no_group_are_refused_where_the_sums_are_read_too(folder, rows, tmp_path, monkeypatch):
+    """On a GPU `group_sums` does not look, because it would have to wait: the step does."""
+    sums = train.group_sums
+    monkeypatch.setattr(train, "group_sums", lambda nll, group, mask, K: sums(nll, group, mask & (group < K), K))
+    monkeypatch.setattr(groupers, "cut", lambda *a: torch.full_like(a[0], 2).int())
+    with pytest.raises(ValueError, match="^step 1: the grouper gave labels outside 0 … 1, or scores of nan"):
+        run(folder, rows, tmp_path / "out", "--grouper", "loss")
+
+
+# Other people's files.
+
+
+def python(place, *words, **environment):
+    quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=place,
+        env={**os.environ, **quiet, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """A folder of somebody's own modules, which must not be run."""
+    place = tmp_path / "theirs"
+    place.mkdir()
+    for name in ("model", "data", "train", "groupers"):
+        (place / f"{name}.py").write_text("raise SystemExit('theirs')\n")
+    return place
+
+
+def test_sftgo_and_train_py_work_in_a_folder_that_has_modules_of_the_same_names(theirs):
+    paths = {"PYTHONPATH": str(ROOT)}  # as a package that is installed: behind the working directory
+    assert python(theirs, "-c", "import sftgo; print(sftgo.lam_at(0, 1, 0.5, 0))", **paths).stdout == "0.5\n"
+    ended = python(theirs, ROOT / "train.py", "--dry-run")
+    assert ended.returncode == 0 and ended.stdout.startswith("data "), ended.stderr
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("neighbour", ["model.py", "train.py", "support/__init__.py", "sftgo.py"])
+def test_a_neighbour_that_has_the_name_of_one_of_our_modules_is_refused_by_name(mine, neighbour):
+    other = mine.parent / neighbour
+    other.parent.mkdir(exist_ok=True)
+    other.touch()
+    with pytest.raises(
+        ValueError, match=f"{neighbour.split('/')[0]} beside it has the name of a module of this program"
+    ):
+        named(f"{mine}:plain", "--objective")
+
+
+@pytest.mark.fast
+def test_a_folder_of_data_and_files_of_other_names_are_no_obstacle(mine):
+    (mine.parent / "data").mkdir()
+    (mine.parent / "test_model.py").touch()
+    assert isinstance(named(f"{mine}:plain", "--objective"), Named)
+
+
+def test_a_users_file_imports_its_neighbours_behind_all_else(folder, rows, mine, tmp_path):
+    (mine.parent / "my_losses.py").write_text("def plain(nats, tokens, lam):\n    return nats.sum() / tokens.sum()\n")
+    (mine.parent / "json.py").write_text("raise SystemExit('a neighbour was found before the library')\n")
+    (mine.parent / "tfidf_too.py").write_text("from groupers import tfidf\n")
+    mine.write_text("import json\nfrom my_losses import plain\nfrom tfidf_too import tfidf\n")
+    names = f"--objective {mine}:plain --grouper {mine}:tfidf".split()
+    flags = f"--model {folder} --data {rows} --context 128 --micro-batch-tokens 512 --dry-run".split()
+    ended = python(tmp_path, ROOT / "train.py", *flags, *names)
+    assert ended.returncode == 0 and f"{mine}:plain, λ" in ended.stdout, ended.stderr
+
+
+@pytest.mark.fast
+def test_a_dataclass_in_a_users_file_can_be_an_objective(mine):
+    mine.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n\n@dataclass\nclass Scaled:\n"
+        "    by: float\n\n    def __call__(self, nats, tokens, lam):\n        return self.by * nats.sum()\n\n\nf = Scaled(2.0)\n"
+    )
+    objective = named(f"{mine}:f", "--objective")
+    assert objective(torch.ones(2), torch.ones(2), 0.0) == 4 and {f.name for f in fields(objective.function)} == {"by"}

@@ -37,6 +37,7 @@ BASE = "--context 128 --micro-batch-tokens 512 --batch-size 4 --epochs 10 --lr 3
 BASE += f" --eps 1e-5 --save-dtype float32 --max-steps {STEPS} --grouper tfidf --lam-max 0.9"
 # eps: a gradient that is zero but for rounding is not to be blown up to a step of Adam's full size
 MANY = "--batch-size 12 --context 90 --micro-batch-tokens 89"
+MICRO = "--scope micro_batch --micro-batch-tokens 63 --context 64 --data {long}"
 CASES = {  # the same cases on every number of ranks; later flags override BASE's
     "many micro-batches": f"--grouper loss {MANY}",
     "one sample a step": "--batch-size 1",  # every other rank has only a blank row
@@ -47,10 +48,41 @@ CASES = {  # the same cases on every number of ranks; later flags override BASE'
     "many, and no look first": f"--lam-max 0 {MANY}",
     "three groups": f"--grouper loss --eta 0.4 0.8 {MANY}",
     "none, decaying, clipped": "--grouper none --objective sft_go --clip 0.5 --lam-min 0.1",
+    "group DRO": f"--objective {ROOT}/examples/group_dro.py:group_dro --grouper loss --eta 0.4 0.8 {MANY}",
+    "weighted tokens": f"--objective {ROOT}/examples/dft.py:dft --grouper loss {MANY}",
+    "weighted tokens, one sample": f"--objective {__file__}:weighted --batch-size 1",
+    "given groups": f"--objective {ROOT}/examples/cvar.py:cvar --grouper {ROOT}/examples/classes.py:classes {MANY}",
+    "one group": f"--objective {ROOT}/examples/softmax.py:softmax --grouper {__file__}:one",
+    "scores in the step": f"--grouper {__file__}:hard --lam-max 1 {MANY}",
     "recomputed": "--checkpoint-activations",
     # every sample fills a row, so there is one cut into micro-batches for any number of ranks
-    "scope micro_batch": "--grouper loss --scope micro_batch --micro-batch-tokens 63 --context 64 --data {long}",
+    "scope micro_batch": f"--grouper loss {MICRO}",
+    "scope micro_batch, group DRO": f"--objective {ROOT}/examples/group_dro.py:group_dro --grouper loss {MICRO}",
+    "scope micro_batch, weighted": f"--objective {__file__}:weighted --grouper loss --eta 0.4 0.8 {MICRO}",
 }
+
+
+def weighted(nats, tokens, lam):
+    """The price depends on the losses."""
+    full = tokens > 0
+    means = nats[full] / tokens[full]
+    return means.softmax(0) @ means
+
+
+weighted.weigh = lambda nll, batch: nll.square() / 30 + batch.targets % 2
+
+
+def one(corpus, seed):
+    return np.zeros(len(corpus.ids), int)
+
+
+def hard(nll, prior):
+    return nll + prior
+
+
+hard.in_step = True
+hard.prior = lambda corpus, seed: (corpus.ids % 3).astype(float)
+
 KEYS = ("loss", "ce", "important", "unimportant", "grad_norm", "lr", "lam", "tokens", "epoch")
 
 
@@ -346,7 +378,8 @@ def test_a_fault_on_one_node_is_told_on_the_other_and_a_restart_of_both_goes_wel
     said = [process.communicate(timeout=240) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     errors = "".join(errors for _, errors in said)
-    assert "error: an early fault" in errors and "error: rank 1: an early fault" in errors, errors[-3000:]
+    said = "--grouper \\S+:faulty: ValueError: an early fault"
+    assert re.search(f"error: {said}", errors) and re.search(f"error: rank 1: {said}", errors), errors[-3000:]
     assert_same_run(tmp_path / "out", uninterrupted, 1e-5)
 
 

@@ -19,6 +19,7 @@ import train
 from published.tokenizer import Tokenizer, require_trained_headers
 from support import look
 from support.recipes import DEMO
+from support.named import named
 from support.scores import without_model
 
 ROOT = Path(__file__).parents[1]
@@ -139,7 +140,7 @@ def test_the_demos_base_is_refused_the_llama3_template():
 def test_the_readmes_marked_sentence_is_what_tfidf_marks():
     tokenizer = Tokenizer(BASE, 4096)
     corpus = data.load_corpus(INSTRUCTIONS, tokenizer, "auto", 1024)
-    prior = torch.from_numpy(without_model("tfidf", corpus, 0))
+    prior = torch.from_numpy(without_model(named("tfidf", "--grouper"), corpus, 0))
     mask, doc_ids = torch.from_numpy(corpus.loss_mask), torch.from_numpy(corpus.doc_ids)
     important = groupers.cut(prior, mask, doc_ids, (0.8,)) == 1
     rows = [json.loads(line) for line in INSTRUCTIONS.read_text(encoding="utf-8").splitlines()]

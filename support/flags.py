@@ -1,0 +1,37 @@
+"""A frozen dataclass as a command line: one flag for each field."""
+
+import argparse
+from dataclasses import fields
+from functools import partial
+from typing import get_args
+
+
+def given(cls: type, argv: list[str], about: str, sections: dict[str, str], metavars: dict) -> dict:
+    """The values of the fields that `argv` names.
+
+    Args:
+        cls:      a field's metadata have `help` and `choices`; its type is that of the value, of several or None.
+        sections: the first field of each section of --help -> its title.
+        metavars: a field's name or its type -> how --help writes a value.
+    """
+    shape = partial(argparse.HelpFormatter, max_help_position=34, width=110)
+    parser = argparse.ArgumentParser(
+        "train.py", "train.py [--flag VALUE …]", about, allow_abbrev=False, formatter_class=shape
+    )
+    section, several = parser, [f.name for f in fields(cls) if isinstance(f.default, tuple)]
+    for f in fields(cls):
+        section = parser.add_argument_group(sections[f.name]) if f.name in sections else section
+        kind, default, choices = (get_args(f.type) or [f.type])[0], f.default, f.metadata["choices"]
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        how = {"help": f.metadata["help"] + (f" (default: {shown})" if shown is not None and kind is not bool else "")}
+        if kind is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            of_two = (
+                get_args(f.type)[1:2] == get_args(f.type)[:1]
+            )  # tuple[float, float]; tuple[float, ...] is of any number
+            how |= {"type": kind, "choices": choices, "nargs": (2 if of_two else "+") if f.name in several else None}
+            how |= {"metavar": metavars.get(f.name, None if choices else metavars[kind])}
+        section.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **how)
+    found = vars(parser.parse_args(argv))
+    return found | {name: tuple(found[name]) for name in several if name in found}
