@@ -161,7 +161,7 @@ def method_name(run: dict | None) -> str:
     """The paper's name of what was trained; an objective that is not the method's own is named beside it."""
     if run is None:
         return "as given"
-    grouper, objective = run["grouper"], run["objective"]
+    grouper, objective = (run[name].rpartition("/")[2] for name in ("grouper", "objective"))
     plain = objective == "sft_go" and (grouper == "none" or run["lam_max"] == 0)
     if plain or objective == "cross_entropy":
         return BASELINE  # groups, if any, are only watched

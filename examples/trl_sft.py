@@ -1,6 +1,6 @@
 """SFT-GO in TRL's SFTTrainer: `python PATH/examples/trl_sft.py MODEL DATA OUT`, also under torchrun.
 
-As in `hf_trainer.py`, whose loss this is, it computes what `--scope micro_batch` does: each micro-batch has its own worst
+The loss is that of `hf_trainer.py`. It computes what `--scope micro_batch` does: each micro-batch has its own worst
 group, and counts by its share of the step's tokens. The exact step needs the loop of train.py.
 """
 

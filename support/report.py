@@ -251,12 +251,13 @@ def plot_losses(out: Path) -> None:
     for n, (name, points) in enumerate((name, points) for name, points in curves.items() if points):
         steps, losses = map(np.array, zip(*points))
         window = 2 * (len(points) // 100) + 1  # a running mean over 2 % of the steps, centred; the raw curve behind it
-        smooth, colour = np.convolve(losses, np.ones(window) / window, "valid"), colours.get(name, f"C{n}")
+        smooth = np.convolve(losses, np.ones(window) / window, "valid")
+        colour = colours.get(name, f"C{n}" if len(curves) <= 11 else plt.cm.viridis(n / len(curves)))
         ax.plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
         ax.plot(steps[window // 2 : len(steps) - window // 2], smooth, color=colour, label=name)
     ax.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=out.name)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)
-    ax.legend()
+    fig.legend(loc="outside right upper", fontsize="small") if len(curves) > 7 else ax.legend()
     fig.savefig(out / "losses.png", dpi=120)
     plt.close(fig)

@@ -144,7 +144,7 @@ SABOTEURS = {  # what is written in the place of what
     "the best tokens": ("cvar", "descending=True", "descending=False"),
     "another share": ("cvar", "ALPHA * tokens.sum()", "0.5 * tokens.sum()"),
     "never moved": ("group_dro", "self.log_weights = self.moved(nats, tokens)", "pass"),
-    "moved twice": ("group_dro", "self.log_weights = self.moved(nats, tokens)", "self.log_weights = 2 * self.moved(nats, tokens)"),
+    "moved twice": ("group_dro", "= self.moved(nats, tokens)", "= 2 * self.moved(nats, tokens)"),
     "moved away from the worst": ("group_dro", "+ self.rate", "- self.rate"),
     "no weights": ("dft", "(-nll).exp()", "nll * 0 + 1"),
     "the square root of the probability": ("dft", "(-nll).exp()", "(-nll / 2).exp()"),
@@ -191,7 +191,7 @@ from transformers import TrainerCallback
 
 name, folder, rows, out = sys.argv[2:]
 settings = dict(output_dir=out, max_steps=2, per_device_train_batch_size=3, gradient_accumulation_steps=3, seed=5)
-settings |= dict(learning_rate=0.0, max_grad_norm=0.0, report_to="none", save_strategy="no", logging_steps=1, use_cpu=True)
+settings |= dict(learning_rate=0.0, max_grad_norm=0.0, report_to="none", save_strategy="no", use_cpu=True)
 seen, grads = [], []
 
 
@@ -214,7 +214,8 @@ if name == "hf_trainer":
     import hf_trainer as example
     model = example.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     args = example.TrainingArguments(**settings, remove_unused_columns=False)
-    trainer = watched(example.SFTGO)(model, args, example.collate, example.samples(rows, folder, model.config.vocab_size))
+    ready = example.samples(rows, folder, model.config.vocab_size)
+    trainer = watched(example.SFTGO)(model, args, example.collate, ready)
 else:
     import trl_sft as example
     example.SFTGO = watched(example.SFTGO)
@@ -247,7 +248,7 @@ def test_a_micro_batch_that_counts_too_much_is_noticed(tmp_path, name, ranks, ri
 
 
 def compare(tmp_path, examples, name, ranks):
-    """Losses and gradients of two steps of an example's trainer, with those of our own loop on the same micro-batches."""
+    """Losses and gradients of two steps of an example's trainer, and those of our own loop on the same micro-batches."""
     pytest.importorskip("transformers")
     for package in ("trl", "datasets") if name == "trl_sft" else ("accelerate",):
         if not importlib.util.find_spec(package):

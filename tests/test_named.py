@@ -507,7 +507,7 @@ STEP_MISTAKES = {  # what stands in the file, and the line that the first step g
     "raises": ("def f(nats, tokens, lam):\n    return nats[7]", "IndexError: index 7 is out of bounds"),
     "not finite": ("def f(nats, tokens, lam):\n    return nats.sum() * float('inf')", "f made it of finite losses"),
     "a lie": (
-        "import sftgo\n\n\ndef f(n, t, lam):\n    return sftgo.sft_go(n, t, 0.5)\n\n\nf.constant_price = lambda lam: True",
+        "def f(nats, tokens, lam):\n    return (nats / tokens).max()\n\n\nf.constant_price = lambda lam: True",
         "calls its price constant, but a nat of its groups costs",
     ),
     "negative weights": (
@@ -616,7 +616,8 @@ def test_a_users_file_imports_its_neighbours_behind_all_else(folder, rows, mine,
 def test_a_dataclass_in_a_users_file_can_be_an_objective(mine):
     mine.write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\n\n\n@dataclass\nclass Scaled:\n"
-        "    by: float\n\n    def __call__(self, nats, tokens, lam):\n        return self.by * nats.sum()\n\n\nf = Scaled(2.0)\n"
+        "    by: float\n\n    def __call__(self, nats, tokens, lam):\n        return self.by * nats.sum()\n\n\n"
+        "f = Scaled(2.0)\n"
     )
     objective = named(f"{mine}:f", "--objective")
     assert objective(torch.ones(2), torch.ones(2), 0.0) == 4 and {f.name for f in fields(objective.function)} == {"by"}

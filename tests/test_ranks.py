@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from classifiers import MBERT, classifier_folder
 from tiny import TEXTS, tiny_folder
 

@@ -129,6 +129,24 @@ def test_rows_of_one_method_keep_its_place_and_the_gains_their_baseline(tmp_path
     assert third[4][1] == "+10.00"
 
 
+def test_runs_of_a_users_function_are_one_row_by_its_content_and_named_by_it(tmp_path, capsys):
+    def of(name, seed, place, digest):
+        path = result(tmp_path / f"{name}.json", "lima-8b-tfidf", seed, fingerprint=name)
+        about = json.loads(path.read_text())
+        about["run"] |= {"objective": f"{place}/o.py:soft", "digests": {"objective": digest * 32}}
+        path.write_text(json.dumps(about))
+        return path
+
+    two_places = [of("a", 0, "x", "ab"), of("b", 1, "y", "ab")]
+    (row,) = cells(printed(two_places, capsys=capsys), "LIMA: benchmarks")[2:]
+    assert row[1:3] == ["TF-IDF, o.py:soft", "2"], "one content at two places: two seeds of one row"
+    text = printed([*two_places, of("c", 0, "x", "cd")], capsys=capsys)
+    rows = [row[1:3] for row in cells(text, "LIMA: benchmarks")[2:]]
+    assert [seeds for _, seeds in rows] == ["2", "1"] and all(
+        "o.py:soft (objective soft with content" in x for x, _ in rows
+    )
+
+
 @pytest.mark.parametrize(
     "data, name",
     [("/data/climate.json", "climate.json"), ("/data/oldlima.json", "oldlima.json"), ("/lima/a/b.json", "b.json"),
@@ -147,7 +165,7 @@ def test_a_method_is_named_by_what_was_trained():
     assert named(objective="important_only") == "TF-IDF, important_only"
     assert named(grouper="rho1", objective="important_only", lam_max=0) == "Rho-1", "λ is not used"
     assert named(grouper="rho1") == "Rho-1, sft_go" and named(grouper="rho1", lam_max=0) == "Baseline-SFT"
-    assert named(grouper="x/g.py:mine") == "x/g.py:mine"
+    assert named(grouper="x/g.py:mine") == "g.py:mine"
     assert named(objective="o.py:softmax") == "TF-IDF, o.py:softmax"
     assert named(grouper="none", objective="o.py:softmax", lam_max=0) == "o.py:softmax"
 

@@ -1013,7 +1013,7 @@ def test_weights_that_end_up_not_finite_are_not_saved(folder, rows, tmp_path):
 ENDINGS = {
     "interrupted_later": "interrupted; the same command resumes from the last checkpoint",
     "too_large_later": r"error: out of memory \(CUDA out of memory.*\); lower --micro-batch-tokens or --context",
-    "refuses_later": r"error: --objective \S+:refuses_later: ValueError: mine does not like this λ \(\S+.py, line \d+\)",
+    "refuses_later": r"error: --objective \S+:refuses_later: ValueError: mine does not like this λ \(\S+, line \d+\)",
 }
 
 
