@@ -116,11 +116,17 @@ def named(given: str | Callable, flag: str) -> Named:
         pass
     except TypeError as e:
         raise ValueError(f"{wrong}cannot be called with ({arguments}): {e}") from None
+    for optional in ("constant_price", "weigh", "update", "state_dict", "load_state_dict", "prior"):
+        if not callable(getattr(found, optional, print)):
+            raise ValueError(f"{wrong}its {optional} is {described(getattr(found, optional))}, expected a function")
     if hasattr(found, "update") and (missing := {"state_dict", "load_state_dict"} - {*dir(found)}):
         raise ValueError(
             f"{wrong}has update but no {' and no '.join(sorted(missing))}: a resumed run would lose its state"
         )
-    return Named(name, copy.deepcopy(found), flag, digest)
+    try:
+        return Named(name, copy.deepcopy(found), flag, digest)
+    except Exception as e:  # any: it holds what cannot be copied
+        raise ValueError(f"{wrong}each run begins with a copy of it, and it cannot be copied ({e})") from e
 
 
 def from_file(name: str, flag: str) -> tuple[object, str]:

@@ -459,6 +459,17 @@ def test_an_update_without_a_way_to_save_its_state_is_refused_at_once(folder, ro
 
 
 @pytest.mark.fast
+def test_an_attribute_that_is_no_function_and_an_object_that_cannot_be_copied_are_refused_at_once(mine):
+    mine.write_text("def f(nats, tokens, lam):\n    return nats.sum()\n\n\nf.constant_price = True\n")
+    with pytest.raises(ValueError, match="f: its constant_price is bool, expected a function"):
+        named(f"{mine}:f", "--objective")
+    objective = Steep(2)
+    objective.lines = (line for line in "ab")
+    with pytest.raises(ValueError, match="a copy of it, and it cannot be copied .*generator"):
+        named(objective, "--objective")
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "returned, found",
     [

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from classifiers import MBERT, classifier_folder
 from tiny import TEXTS, tiny_folder
 
@@ -69,6 +70,34 @@ def weighted(nats, tokens, lam):
 
 
 weighted.weigh = lambda nll, batch: nll.square() / 30 + batch.targets % 2
+
+
+class Both:
+    """Group DRO on weighted losses: a state, and a price that depends on the losses."""
+
+    def __init__(self):
+        self.log_weights = torch.zeros(())
+
+    def moved(self, nats, tokens):
+        return (self.log_weights + 0.1 * nats.detach() / tokens.clamp(min=1)).log_softmax(0)
+
+    def __call__(self, nats, tokens, lam):
+        return (self.moved(nats, tokens).exp() * nats / tokens.clamp(min=1)).sum()
+
+    def weigh(self, nll, batch):
+        return nll.square() / 30 + batch.targets % 2
+
+    def update(self, nats, tokens):
+        self.log_weights = self.moved(nats, tokens)
+
+    def state_dict(self):
+        return {"log_weights": self.log_weights}
+
+    def load_state_dict(self, state):
+        self.log_weights = state["log_weights"]
+
+
+both = Both()
 
 
 def one(corpus, seed):
@@ -161,7 +190,7 @@ def place(tmp_path_factory):
     names = {"untied": untied, "phi": phi, "long": long}
     cases = {name: [*base, *flags.format(**names).split()] for name, flags in CASES.items()}
     run_cases(cases, here / "one")
-    return here, base, cases
+    return here, [*base, "--objective", f"{__file__}:both"], cases  # of runs that stop: with a state, and weights
 
 
 @pytest.mark.parametrize("ranks, shard", [(2, "fsdp"), (2, "ddp"), (4, "fsdp")])
