@@ -389,25 +389,43 @@ class Half:
         return torch.full_like(nll, self.weight)
 
 
-def test_weights_are_made_once_for_each_micro_batch_from_losses_without_a_gradient(folder, rows, tmp_path):
+@pytest.mark.parametrize("constant", [True, False])
+def test_weights_are_made_once_for_each_micro_batch_from_losses_without_a_gradient(folder, rows, tmp_path, constant):
     calls = []
 
     def objective(nats, tokens, lam):
-        return sftgo.sft_go(nats, tokens, 0.5)
+        return nats.sum() / tokens.sum()
 
     def weigh(nll, batch):
-        calls.append(nll.requires_grad)
+        calls.append((nll.requires_grad, id(batch.targets)))
         return torch.ones_like(nll, requires_grad=True)
 
-    objective.weigh = weigh
+    objective.weigh, objective.constant_price = weigh, lambda lam: constant
     run(folder, rows, tmp_path / "a", "--max-steps", 1, "--batch-size", 11, *MANY, objective=objective)
-    assert len(calls) > 2 and not any(calls)
-    with open(tmp_path / "a" / "metrics.jsonl") as f:
-        assert json.loads(f.readline())["loss"] > 0
-    pieces = len(calls)
-    calls.clear()
-    run(folder, rows, tmp_path / "b", "--max-steps", 1, "--batch-size", 11, *MANY, objective=objective)
-    assert len(calls) == pieces
+    assert len(calls) == len({place for _, place in calls}) > 2 and not any(grad for grad, _ in calls)
+
+
+SUMS = []
+
+
+def test_a_state_moves_by_the_weighted_sums_that_the_loss_is_made_of(folder, rows, tmp_path):
+    SUMS.clear()
+    metrics, _ = run(folder, rows, tmp_path / "a", *MANY, objective=HalfWithState(0.5))
+    assert [float(nats.sum() / tokens.sum()) for nats, tokens in SUMS] == pytest.approx(
+        [row["loss"] for row in metrics]
+    )
+    assert metrics[0]["loss"] == pytest.approx(metrics[0]["ce"] / 2)
+
+
+class HalfWithState(Half):
+    def update(self, nats, tokens):
+        SUMS.append((nats, tokens))
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
 
 
 # Mistakes.
@@ -614,9 +632,9 @@ def test_a_folder_of_data_and_files_of_other_names_are_no_obstacle(mine):
 
 def test_a_users_file_imports_its_neighbours_behind_all_else(folder, rows, mine, tmp_path):
     (mine.parent / "my_losses.py").write_text("def plain(nats, tokens, lam):\n    return nats.sum() / tokens.sum()\n")
-    (mine.parent / "json.py").write_text("raise SystemExit('a neighbour was found before the library')\n")
+    (mine.parent / "tabnanny.py").write_text("raise SystemExit('a neighbour was found before the library')\n")
     (mine.parent / "tfidf_too.py").write_text("from groupers import tfidf\n")
-    mine.write_text("import json\nfrom my_losses import plain\nfrom tfidf_too import tfidf\n")
+    mine.write_text("import tabnanny\nfrom my_losses import plain\nfrom tfidf_too import tfidf\n")
     names = f"--objective {mine}:plain --grouper {mine}:tfidf".split()
     flags = f"--model {folder} --data {rows} --context 128 --micro-batch-tokens 512 --dry-run".split()
     ended = python(tmp_path, ROOT / "train.py", *flags, *names)
