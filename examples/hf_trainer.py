@@ -27,6 +27,8 @@ class SFTGO(Trainer):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
     folder, path, out = sys.argv[1:]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     args = TrainingArguments(out, per_device_train_batch_size=4, gradient_accumulation_steps=4, max_steps=40)

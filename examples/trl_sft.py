@@ -28,6 +28,8 @@ def trainer(folder: str, path: str, **settings) -> SFTGO:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
     folder, path, out = sys.argv[1:]
     settings = dict(per_device_train_batch_size=4, gradient_accumulation_steps=4, max_steps=40)
     trainer(folder, path, output_dir=out, **settings).train()

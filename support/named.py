@@ -45,6 +45,8 @@ class Named:
         found = self.call(self.function, *args)
         if self.flag == "--objective":
             self.expect(found, isinstance(found, Tensor) and not found.shape, "a tensor ()")
+            if args[0].requires_grad and not found.requires_grad:
+                raise ValueError(f"{self}: its loss carries no gradient of nats: nothing would be trained")
         return found
 
     def __getattr__(self, attribute: str):
@@ -115,7 +117,8 @@ def named(given: str | Callable, flag: str) -> Named:
     except ValueError:  # written in C, and does not say
         pass
     except TypeError as e:
-        raise ValueError(f"{wrong}cannot be called with ({arguments}): {e}") from None
+        called = f"{getattr(found, '__name__', 'it')}{inspect.signature(found)}"
+        raise ValueError(f"{wrong}{called} cannot be called with ({arguments}): {e}") from None
     for optional in ("constant_price", "weigh", "update", "state_dict", "load_state_dict", "prior"):
         if not callable(getattr(found, optional, print)):
             raise ValueError(f"{wrong}its {optional} is {described(getattr(found, optional))}, expected a function")

@@ -24,14 +24,19 @@ from support.named import UNKNOWN, Named
 
 
 def group_means(nats: Tensor, tokens: Tensor) -> dict:
-    """The groups' means in nats per token, their counts, and which of the first and the last has the higher mean."""
+    """The groups' means in nats per token, their counts, and which has the highest mean.
+
+    `important` is the last group, `unimportant` the first.
+    """
     means = [n / t if t else None for n, t in zip(nats.tolist(), tokens.tolist())]
     counts, unimportant, important = [int(t) for t in tokens.tolist()], means[0], means[-1]
     higher = important is not None and (unimportant is None or important >= unimportant)
     row = {"ce": float(nats.sum() / tokens.sum()), "important": important, "unimportant": unimportant}
     row |= {"important_tokens": counts[-1], "unimportant_tokens": counts[0]}
-    row |= {"worst": "important" if higher else "unimportant"}
-    return row | ({"groups": [*map(list, zip(means, counts))]} if len(means) != 2 else {})
+    if len(means) == 2:
+        return row | {"worst": "important" if higher else "unimportant"}
+    known = [-math.inf if mean is None else mean for mean in means]
+    return row | {"worst": f"group {known.index(max(known))}", "groups": [*map(list, zip(means, counts))]}
 
 
 def groups_of(row: dict) -> dict[str, tuple[float | None, int]]:
@@ -189,11 +194,11 @@ def share(cfg, grouper: Named, corpus: Corpus, prior: np.ndarray | None) -> str:
     if prior is None:
         return f"{eta}{cfg.llmlingua_model} scores the answers"
     group, scored = groups_of_corpus(grouper, cfg.eta, corpus, prior)[corpus.loss_mask], prior.dtype.kind == "f"
-    shares = [f"{n / len(group):.1%}" for n in np.bincount(group, minlength=2 if scored else 1).tolist()]
-    if scored:
-        return f"{eta}{', '.join(shares[1:])} of the supervised tokens important"
+    shares = [f"{n / len(group):.1%}" for n in np.bincount(group, minlength=len(cfg.eta) + 1 if scored else 1).tolist()]
+    if scored and len(shares) == 2:
+        return f"{eta}{shares[1]} of the supervised tokens important"
     listed = ", ".join(shares[:12]) + ", …" * (len(shares) > 12)
-    return f": {len(shares)} group{'s' * (len(shares) > 1)}, {listed} of the supervised tokens"
+    return f"{eta if scored else ': '}{len(shares)} group{'s' * (len(shares) > 1)}, {listed} of the supervised tokens"
 
 
 def groups_of_corpus(
@@ -254,7 +259,13 @@ def plot_losses(out: Path) -> None:
         smooth = np.convolve(losses, np.ones(window) / window, "valid")
         colour = colours.get(name, f"C{n}" if len(curves) <= 11 else plt.cm.viridis(n / len(curves)))
         ax.plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
-        ax.plot(steps[window // 2 : len(steps) - window // 2], smooth, color=colour, label=name)
+        ax.plot(
+            steps[window // 2 : len(steps) - window // 2],
+            smooth,
+            color=colour,
+            label=name,
+            marker="." * (len(points) < 6),
+        )
     ax.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=out.name)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)

@@ -44,6 +44,7 @@ def without_model(grouper: Named, corpus: Corpus, seed: int) -> np.ndarray | Non
     prior, mask = make(corpus, seed), corpus.loss_mask
     holds = isinstance(prior, np.ndarray) and prior.shape == corpus.ids.shape and prior.dtype.kind in "fiu"
     kinds = f"floats (scores) or integers (groups) in a numpy array {corpus.ids.shape}"
+    kinds += "" if isinstance(prior, np.ndarray) else "; a grouper of (nll, prior) has in_step = True"
     grouper.expect(prior, holds, kinds)
     if prior.dtype.kind == "f":
         grouper.expect(

@@ -248,7 +248,7 @@ def test_a_micro_batch_that_counts_too_much_is_noticed(tmp_path, name, ranks, ri
 
 
 def compare(tmp_path, examples, name, ranks):
-    """Losses and gradients of two steps of an example's trainer, and those of our own loop on the same micro-batches."""
+    """Losses and gradients of two steps of an example's trainer, and those of our own loop on the same rows."""
     pytest.importorskip("transformers")
     for package in ("trl", "datasets") if name == "trl_sft" else ("accelerate",):
         if not importlib.util.find_spec(package):

@@ -452,7 +452,11 @@ def test_a_file_that_both_flags_name_is_run_once(folder, rows, mine, tmp_path):
         ("mine.py:f", "def f(:\n", r"SyntaxError while it was imported \(.*mine.py, line 1\)"),
         ("mine.py:f", "1 / 0\n", r"ZeroDivisionError while it was imported"),
         ("mine.py:f", "import absent_library\n", "No module named 'absent_library'"),
-        ("mine.py:f", "def f(nats): pass\n", r"cannot be called with \(\w+, .*\): too many positional arguments"),
+        (
+            "mine.py:f",
+            "def f(nats): pass\n",
+            r"f\(nats\) cannot be called with \(\w+, .*\): too many positional arguments",
+        ),
         ("mine.py:f", "def f(a, b, c, d): pass\n", r"cannot be called with .*: missing a required argument: '[cd]'"),
         ("mine.txt:f", "def f(): pass\n", r"not a Python file \(its name must end in .py\)"),
         (":f", None, "expected one of"),
