@@ -718,7 +718,8 @@ def test_the_plan_counts_what_the_corpus_holds(folder, rows, model_and_corpus, c
 @pytest.mark.fast
 def test_the_plan_gives_the_share_of_each_group_above_the_first(folder, rows, capsys):
     run(folder, rows, "--dry-run --grouper random --eta 0.4 0.8 --lam-min 0.1 --scope micro_batch")
-    pattern = r"sft_go, λ 0\.9 → 0\.1, scope micro_batch; groups by random, η 0\.4 0\.8: 3 groups, (.*)%, (.*)%, (.*)% of the supervised"
+    pattern = r"sft_go, λ 0\.9 → 0\.1, scope micro_batch; groups by random, η 0\.4 0\.8: 3 groups, "
+    pattern += r"(.*)%, (.*)%, (.*)% of the supervised"
     low, middle, top = map(float, re.match(pattern, plan(capsys)["method"]).groups())
     assert (
         low + middle + top == pytest.approx(100, abs=0.2)
