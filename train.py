@@ -172,8 +172,8 @@ def sums(model: Llama, batch: Batch, label: Label, groups: int, weigh=None) -> t
     """
     nll = batch.nll(model)
     if batch.group is None:
-        batch.group = label(nll.detach(), batch)
-        batch.weight = weigh(nll.detach(), batch) if weigh else None
+        batch.group = label(nll.detach().clone(), batch)  # a copy: a user's function may change it in place
+        batch.weight = weigh(nll.detach().clone(), batch) if weigh else None
     nats, tokens = group_sums(nll, batch.group, batch.loss_mask, groups)
     if batch.weight is None:
         return nats, tokens, nats.detach()
@@ -308,7 +308,7 @@ def update(model, optimizer, batches: list[Batch], cfg, method: Method, done: in
     weigh, constant = getattr(chosen, "weigh", None), getattr(chosen, "constant_price", lambda lam: False)(lam)
 
     def objective(nats: Tensor, tokens: Tensor) -> Tensor:
-        return chosen(nats, tokens, lam)
+        return chosen(nats, tokens.double().clone(), lam)
 
     supervised, off = reduce(torch.stack([batch.loss_mask.sum() for batch in batches]).sum()), None
     if cfg.scope == "micro_batch":
@@ -396,8 +396,8 @@ def train(cfg: Config, objective=None, grouper=None) -> Path | None:
         SystemExit: 143, after a SIGTERM; its checkpoint is saved.
     """
     with Ranks() as ranks:
-        shard = (cfg.shard or "fsdp") if ranks.size > 1 else None
-        cfg = replace(cfg, shard=shard, objective=objective or cfg.objective, grouper=grouper or cfg.grouper)
+        shard, given = (cfg.shard or "fsdp") if ranks.size > 1 else None, {"objective": objective, "grouper": grouper}
+        cfg = replace(cfg, shard=shard, **{k: x for k, x in given.items() if x is not None})
         objective, grouper = named(cfg.objective, "--objective"), named(cfg.grouper, "--grouper")
         about = checkpoint.record(cfg, objective, grouper)
         if cfg.out and ranks.first(lambda: checkpoint.finished(about, Path(cfg.out))):

@@ -154,10 +154,10 @@ def own_state(objective: Named) -> bytes | None:
     """A stateful objective's state_dict(), as a file's content; ValueError where that could not be loaded again."""
     if not hasattr(objective, "state_dict"):
         return None
-    torch.save(objective.state_dict(), buffer := io.BytesIO())
     try:
+        torch.save(objective.state_dict(), buffer := io.BytesIO())
         torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-    except pickle.UnpicklingError as e:
+    except (pickle.PicklingError, pickle.UnpicklingError, AttributeError, TypeError) as e:
         kinds = "only tensors, numbers, strings, lists and dicts can be loaded again"
         raise everywhere(ValueError(f"{objective}: its state_dict() holds something else; {kinds}")) from e
     return buffer.getvalue()

@@ -122,9 +122,10 @@ def named(given: str | Callable, flag: str) -> Named:
     for optional in ("constant_price", "weigh", "update", "state_dict", "load_state_dict", "prior"):
         if not callable(getattr(found, optional, print)):
             raise ValueError(f"{wrong}its {optional} is {described(getattr(found, optional))}, expected a function")
-    if hasattr(found, "update") and (missing := {"state_dict", "load_state_dict"} - {*dir(found)}):
+    states = [name for name in ("update", "state_dict", "load_state_dict") if hasattr(found, name)]
+    if states and (missing := {"state_dict", "load_state_dict"} - {*states}):
         raise ValueError(
-            f"{wrong}has update but no {' and no '.join(sorted(missing))}: a resumed run would lose its state"
+            f"{wrong}has {states[0]} but no {' and no '.join(sorted(missing))}: a resumed run would lose its state"
         )
     try:
         return Named(name, copy.deepcopy(found), flag, digest)
@@ -150,7 +151,7 @@ def from_file(name: str, flag: str) -> tuple[object, str]:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     try:
         made = module(path, digest)
-    except Exception as e:  # any: it is somebody's program
+    except (Exception, SystemExit) as e:  # any: it is somebody's program
         raise ValueError(f"{flag} {name}: {type(e).__name__} while it was imported ({e})") from e
     if not hasattr(made, attribute):
         raise ValueError(f"{flag} {name}: {file} has no function {attribute}")
@@ -172,7 +173,7 @@ def source_digest(given: Callable) -> str:
     """SHA-256 of an object's source and of all that was set on it; UNKNOWN where there is no source to read."""
     try:
         text = source(given)
-    except (OSError, TypeError, RecursionError):
+    except (OSError, TypeError, ValueError, RecursionError):
         text = " at 0x"
     return UNKNOWN + uuid4().hex if " at 0x" in text else hashlib.sha256(text.encode()).hexdigest()
 
@@ -183,6 +184,8 @@ def source(x) -> str:
         return source([x.func, x.args, x.keywords])
     if isinstance(x, dict):
         return source([*x.items()])
+    if isinstance(x, set | frozenset):
+        return source(sorted(map(source, x)))
     if isinstance(x, list | tuple):
         return f"[{', '.join(map(source, x))}]"
     if isinstance(x, np.ndarray | Tensor):
@@ -191,7 +194,8 @@ def source(x) -> str:
         return source([x.__func__, x.__self__])
     if inspect.isfunction(x):
         cells = [cell.cell_contents for cell in x.__closure__ or ()]
-        return inspect.getsource(x) + source([x.__defaults__, x.__kwdefaults__, cells, vars(x)])
+        return inspect.getsource(x.__code__) + source([x.__defaults__, x.__kwdefaults__, cells, vars(x)])
     if type(x).__module__ == "builtins" or not hasattr(x, "__dict__"):
         return repr(x)
-    return inspect.getsource(type(x)) + source(vars(x))
+    classes = [kind for kind in type(x).__mro__ if kind.__module__ != "builtins"]
+    return "".join(map(inspect.getsource, classes)) + source(vars(x))

@@ -56,7 +56,7 @@ def fault(row: dict, objective: Named, nats: Tensor, tokens: Tensor, supervised:
     """
     if tokens.sum() != supervised:
         return f"the grouper gave labels outside 0 … {len(tokens) - 1}, or scores of nan"
-    if off is not None and off.abs().max() > 1e-5:
+    if off is not None and not off.abs().max() <= 1e-5:
         costs = ", ".join(f"{1 + x:.4g}" for x in off.tolist())
         return f"{objective} calls its price constant, but a nat of its groups costs {costs} times 1 / (all tokens)"
     if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):

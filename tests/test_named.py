@@ -428,6 +428,34 @@ class HalfWithState(Half):
         pass
 
 
+@pytest.mark.parametrize("pieces", [(), MANY])
+def test_what_changes_its_arguments_in_place_changes_no_number_of_the_step(folder, rows, tmp_path, pieces):
+    def clean(nats, tokens, lam):
+        return (nats / tokens.clamp(min=1)).square().sum()
+
+    def dirty(nats, tokens, lam):
+        return (nats / tokens.clamp_(min=1)).square().sum()
+
+    clean.weigh, dirty.weigh = lambda nll, batch: (-nll).exp(), lambda nll, batch: nll.neg_().exp_()
+    a = run(folder, rows, tmp_path / "a", *pieces, "--grouper", "none", objective=clean)
+    b = run(folder, rows, tmp_path / "b", *pieces, "--grouper", "none", objective=dirty)
+    assert same(a, b)
+
+
+@pytest.mark.fast
+def test_an_object_of_length_zero_is_an_object(folder, rows, capsys):
+    class Empty(Steep):
+        def __len__(self):
+            return 0
+
+    train.train(config(folder, rows, "--dry-run"), objective=Empty(2))
+    assert "Empty, λ 0.9" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="has load_state_dict but no state_dict"):
+        objective = Steep(2)
+        objective.load_state_dict = print
+        named(objective, "--objective")
+
+
 # Mistakes.
 
 
