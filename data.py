@@ -359,7 +359,8 @@ def pack(corpus: Corpus, prior: np.ndarray, samples: np.ndarray) -> Batch:
 def blank(corpus: Corpus, prior: np.ndarray) -> Batch:
     """A row without supervised tokens: every rank must run equally many forward passes, or collectives would hang."""
     shortest = pack(corpus, prior, corpus.lengths.argmin(keepdims=True))
-    return replace(shortest, loss_mask=torch.zeros_like(shortest.loss_mask))
+    nothing = torch.zeros_like(shortest.loss_mask)
+    return replace(shortest, loss_mask=nothing, group=nothing)  # a group: no grouper and no weights are asked
 
 
 def ragged(begin: np.ndarray, length: np.ndarray) -> np.ndarray:

@@ -121,12 +121,16 @@ GROUPERS["llmlingua2"] = None  # it takes a model, as rho1's reference losses do
 
 
 def labeller(grouper: Callable | None, etas: tuple[float, ...]) -> Callable[[Tensor, Batch], Tensor]:
-    """The function (detached nll (T,), batch) -> group (T,) int; a score of nan becomes -1, which the step refuses."""
+    """The function (detached nll (T,), batch) -> group (T,) int; a score of nan is an error, on a GPU group -1."""
 
     def label(nll: Tensor, batch: Batch) -> Tensor:
         scores = grouper(nll, batch.prior) if getattr(grouper, "in_step", False) else batch.prior
         if not scores.is_floating_point():
             return scores
+        if (
+            not scores.is_cuda and scores[batch.loss_mask].isnan().any()
+        ):  # a GPU would have to wait: the step refuses -1
+            raise ValueError(f"{grouper}: a score of nan")
         return cut(scores, batch.loss_mask, batch.doc_ids, etas).masked_fill(scores.isnan(), -1)
 
     return label

@@ -39,7 +39,7 @@ def group_sums(nll: Tensor, group: Tensor, loss_mask: Tensor, groups: int = 2) -
     member = torch.stack([(group == k) & loss_mask for k in range(groups)]).flatten(1)  # (K, N)
     nats, tokens = torch.where(member, nll.flatten(), 0.0).sum(1), member.sum(1)  # (K,), (K,)
     if not nll.is_cuda and tokens.sum() != loss_mask.sum():  # CPU only: on a GPU this test would force a sync
-        raise ValueError(f"group has labels outside 0 ... {groups - 1}: there are {groups} groups (-1: a score of nan)")
+        raise ValueError(f"group has labels outside 0 ... {groups - 1}: there are {groups} groups")
     return nats, tokens
 
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # a CPU compiles kernels for every row length; keep few
@@ -185,8 +186,9 @@ def price(objective: Objective, nats: Tensor, tokens: Tensor) -> Tensor:
     """∂ loss / ∂ nats, (K,) float64: the weight of each group's summed loss in the step's gradient."""
     nats = nats.detach().double().requires_grad_()
     loss = objective(nats, tokens)
-    if not loss.requires_grad or (prices := torch.autograd.grad(loss, nats, allow_unused=True)[0]) is None:
-        raise everywhere(ValueError("the objective's loss carries no gradient of nats: nothing would be trained"))
+    prices = torch.autograd.grad(loss, nats, allow_unused=True)[0]
+    if prices is None:
+        raise ValueError("the objective's loss carries no gradient of nats: nothing would be trained")
     return prices
 
 
@@ -308,19 +310,18 @@ def update(model, optimizer, batches: list[Batch], cfg, method: Method, done: in
     weigh, constant = getattr(chosen, "weigh", None), getattr(chosen, "constant_price", lambda lam: False)(lam)
 
     def objective(nats: Tensor, tokens: Tensor) -> Tensor:
-        return chosen(nats, tokens.double().clone(), lam)
+        return chosen(nats.clone(), tokens.double().clone(), lam)  # copies: see `sums`
 
-    supervised, off = reduce(torch.stack([batch.loss_mask.sum() for batch in batches]).sum()), None
+    supervised = reduce(torch.stack([batch.loss_mask.sum() for batch in batches]).sum())
     if cfg.scope == "micro_batch":
         nats, tokens, unweighted, loss = micro_batch_step(model, batches, objective, label, reduce, groups, weigh)
     else:
         nats, tokens, unweighted = step(model, batches, objective, label, reduce, groups, constant, weigh)
         loss = objective(nats, tokens)
-        off = (price(objective, nats, tokens) * tokens.sum() - 1) * (tokens > 0) if constant else None  # (K,)
     norm = finish_gradients(model, cfg.clip, ranks)
     lr = lr_at(done, total_steps, cfg.lr, cfg.schedule, cfg.warmup_ratio)
     row = {"loss": float(loss), **report.group_means(unweighted, tokens), "lam": lam, "lr": lr, "grad_norm": norm}
-    if fault := report.fault(row, chosen, nats, tokens, supervised, off):
+    if fault := report.fault(row, chosen, nats, tokens, supervised, constant, partial(price, objective, nats, tokens)):
         saved = f"Not updated, and no model written. Last checkpoint: {checkpoint.newest(cfg.out)}"
         raise everywhere(ValueError(f"step {done + 1}: {fault}. {saved}"))
     for param_group in optimizer.param_groups:
@@ -395,6 +396,8 @@ def train(cfg: Config, objective=None, grouper=None) -> Path | None:
         ValueError, OSError: one line about what is wrong; on other ranks too, about the one that has it.
         SystemExit: 143, after a SIGTERM; its checkpoint is saved.
     """
+    if grouper and not objective and "none" in (cfg.grouper, grouper):
+        raise ValueError("a grouper in the place of none, or none in the place of one: give the objective, too")
     with Ranks() as ranks:
         shard, given = (cfg.shard or "fsdp") if ranks.size > 1 else None, {"objective": objective, "grouper": grouper}
         cfg = replace(cfg, shard=shard, **{k: x for k, x in given.items() if x is not None})

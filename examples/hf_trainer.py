@@ -20,7 +20,9 @@ class SFTGO(Trainer):
         labels, out = inputs["labels"][:, 1:], model(input_ids=inputs["input_ids"])
         nll = cross_entropy(out.logits[:, :-1].float().mT, labels, reduction="none")  # (B, T - 1)
         loss, _ = sft_go_loss(nll, inputs["important"][:, 1:], labels != -100, self.lam)
-        if num_items_in_batch is not None:  # the step's tokens, over all processes
+        if model.training:  # num_items_in_batch: the step's tokens, over all processes
+            if num_items_in_batch is None or not self.args.average_tokens_across_devices:
+                raise ValueError("needs average_tokens_across_devices, and a model that takes loss arguments")
             share = (labels != -100).sum() / num_items_in_batch
             loss = loss * share * self.accelerator.num_processes  # Trainer adds micro-batches, and averages processes
         return (loss, out) if return_outputs else loss

@@ -1,6 +1,8 @@
 """Every group counts, and a worse one counts more: group means weighted by their softmax.
 
-python train.py --objective examples/softmax.py:softmax --eta 0.5 0.9
+    python train.py --objective examples/softmax.py:softmax --eta 0.5 0.9
+
+The weights have no gradient: a group's price is its weight over its tokens.
 """
 
 

@@ -35,17 +35,7 @@ from support.ranks import Ranks, everywhere, first_line
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process may save too
 
-NOT_TRAINING = {
-    "digests",
-    "recipe",
-    "out",
-    "cache",
-    "dry_run",
-    "shard",
-    "checkpoint_activations",
-    "checkpoint_every",
-    "keep",
-}
+NOT_TRAINING = {*"digests recipe out cache dry_run shard checkpoint_activations checkpoint_every keep".split()}
 FAULTS = (dcp.CheckpointException, OSError)  # the first one is a BaseException
 CHECKSUMS, OWN_STATE = "crc32.json", "objective.pt"
 
@@ -78,9 +68,8 @@ def finished(about: dict, out: Path) -> bool:
     if not known or not isinstance(config, dict) or "scope" not in config:
         raise ValueError(f"{out}: not empty, and not a run of this program; choose another --out")
     log = out / "metrics.jsonl"
-    if not any((out / name).exists() for name in ("checkpoints", "model")) and not (
-        log.exists() and log.stat().st_size
-    ):
+    begun = any((out / name).exists() for name in ("checkpoints", "model"))
+    if not begun and not (log.exists() and log.stat().st_size):
         return False  # a run that failed before its first step: the folder is free
     was, now = training(config, before.get("digests", {})), training(**about)
     if changed := [name for name in now if was.get(name) != now[name]]:

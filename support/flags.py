@@ -15,9 +15,8 @@ def given(cls: type, argv: list[str], about: str, sections: dict[str, str], meta
         metavars: a field's name or its type -> how --help writes a value.
     """
     shape = partial(argparse.HelpFormatter, max_help_position=34, width=110)
-    parser = argparse.ArgumentParser(
-        "train.py", "train.py [--flag VALUE …]", about, allow_abbrev=False, formatter_class=shape
-    )
+    usage = "train.py [--flag VALUE …]"
+    parser = argparse.ArgumentParser("train.py", usage, about, allow_abbrev=False, formatter_class=shape)
     section, several = parser, [f.name for f in fields(cls) if isinstance(f.default, tuple)]
     for f in fields(cls):
         section = parser.add_argument_group(sections[f.name]) if f.name in sections else section
@@ -27,10 +26,12 @@ def given(cls: type, argv: list[str], about: str, sections: dict[str, str], meta
         if kind is bool:
             how["action"] = argparse.BooleanOptionalAction
         else:
-            of_two = (
-                get_args(f.type)[1:2] == get_args(f.type)[:1]
-            )  # tuple[float, float]; tuple[float, ...] is of any number
-            how |= {"type": kind, "choices": choices, "nargs": (2 if of_two else "+") if f.name in several else None}
+            any_number = get_args(f.type)[-1:] == (...,)  # tuple[float, ...], not tuple[float, float]
+            how |= {
+                "type": kind,
+                "choices": choices,
+                "nargs": ("+" if any_number else 2) if f.name in several else None,
+            }
             how |= {"metavar": metavars.get(f.name, None if choices else metavars[kind])}
         section.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **how)
     found = vars(parser.parse_args(argv))

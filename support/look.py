@@ -35,7 +35,7 @@ from support.llmlingua2 import LLMLINGUA2, Classifier, keep_scores, need_transfo
 from support.named import named
 from support.ranks import command
 from support.recipes import RECIPES
-from support.report import groups_of_corpus
+from support.report import groups_of_corpus, listed
 from support.scores import check_reference, corpus_nll, how_many, without_model
 
 NAMES = tuple(name for name in groupers.GROUPERS if name != "none")
@@ -63,7 +63,7 @@ class View:
 
     def shares(self, mask: np.ndarray) -> str:
         shares = [f"{n:.1%}" for n in self.counts(mask) / mask.sum()]
-        return shares[1] if self.K == 2 else ", ".join(shares)
+        return shares[1] if self.K == 2 else listed(shares, ", ")
 
 
 def views(args: argparse.Namespace, corpus: Corpus, samples: np.ndarray, tokenizer: Tokenizer) -> list[View]:
@@ -74,16 +74,18 @@ def views(args: argparse.Namespace, corpus: Corpus, samples: np.ndarray, tokeniz
     looks = [getattr(grouper, "in_step", False) for grouper in functions]
     nats = losses(args.model, chosen, args) if any(looks) else None
     for grouper, in_step in zip(functions, looks):
+        K = len(args.eta) + 1
         if grouper.name == "rho1":
             check_reference(args.reference, args.model, tokenizer, args.context)
             prior = losses(args.reference, chosen, args)
         elif grouper.name == "llmlingua2":  # reads each answer by itself, so the other samples are not needed
             prior = keep_scores(chosen, Classifier(resolve(args.llmlingua_model), device()))
         else:
-            prior = without_model(grouper, corpus, args.seed)[at]
+            whole = without_model(grouper, corpus, args.seed)
+            K, prior = how_many(grouper, whole, corpus.loss_mask, args.eta), whole[at]
         scores = grouper(torch.from_numpy(nats), torch.from_numpy(prior)).numpy() if in_step else prior
         group = np.where(mask, groups_of_corpus(grouper, args.eta, chosen, prior, nats), 0)
-        K, rank = how_many(grouper, prior, mask, args.eta), np.full(len(scores), np.nan)
+        rank = np.full(len(scores), np.nan)
         if scores.dtype.kind == "i":
             rank = group / max(K - 1, 1)
         for a, b in zip(chosen.starts, chosen.starts[1:]) if scores.dtype.kind == "f" else ():
@@ -177,7 +179,7 @@ def summary(corpus: Corpus, looked: list[View], tokenizer: Tokenizer) -> list[st
 
 
 def kind(view: View) -> str:
-    return "important" if view.K == 2 else f"in {', '.join(['group 0', *map(str, range(1, view.K))])}"
+    return "important" if view.K == 2 else f"in group {listed([*map(str, range(view.K))], ', ')}"
 
 
 def most_picked(corpus: Corpus, view: View, tokenizer: Tokenizer, n: int = 8) -> list[str]:
@@ -341,7 +343,7 @@ def look(args: argparse.Namespace) -> None:
         print(f"══ {name_of(chosen, sample)} ══\n{printable(prompt)}\n")
         for view in looked:
             counts = [f"{n:,}" for n in view.counts(supervised)]
-            picked = counts[1] if view.K == 2 else ", ".join(counts)
+            picked = counts[1] if view.K == 2 else listed(counts, ", ")
             print(f"── {view.name}: {picked} of {supervised.sum():,} tokens {kind(view)} ──")
             print(f"{marked(chosen, answer, view, colour)}\n")
     print("\n".join(summary(chosen, looked, tokenizer)))

@@ -19,13 +19,17 @@ from groupers import GROUPERS
 from sftgo import OBJECTIVES
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-OURS = {path.stem for path in CHECKOUT.glob("*.py")} | {
-    "published",
-    "support",
-    "eval",
-}  # what `import` finds here first
+OURS = {path.stem for path in CHECKOUT.glob("*.py")} | {*"published support eval".split()}  # what `import` finds first
 KNOWN = {"--objective": OBJECTIVES, "--grouper": GROUPERS}
 ARGUMENTS = {"--objective": "nats, tokens, lam", "--grouper": "corpus, seed"}
+OPTIONAL = {  # attributes, and their arguments
+    "constant_price": "lam",
+    "weigh": "nll, batch",
+    "update": "nats, tokens",
+    "state_dict": "",
+    "load_state_dict": "state",
+    "prior": "corpus, seed",
+}
 UNKNOWN = "no source "  # how the digest of what has no source begins; no two of them are the same
 
 
@@ -68,8 +72,10 @@ class Named:
         except Exception as e:  # any: it is somebody's program
             if self.digest is None:
                 raise
-            last = traceback.extract_tb(e.__traceback__)[-1]
-            raise ValueError(f"{self}: {type(e).__name__}: {e} ({last.filename}, line {last.lineno})") from e
+            frames = traceback.extract_tb(e.__traceback__)
+            theirs = [f for f in frames if f.filename != __file__ and "site-packages" not in f.filename]
+            where = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
+            raise ValueError(f"{self}: {type(e).__name__}: {e}{where}") from e
 
     def expect(self, found, holds: bool, expected: str) -> None:
         if not holds:
@@ -103,34 +109,51 @@ def named(given: str | Callable, flag: str) -> Named:
     if name:
         found, digest = from_file(given, flag)
     else:
-        of = given if hasattr(given, "__qualname__") else type(given)
-        found, digest, name = given, source_digest(given), f"{of.__module__}:{of.__qualname__}"
+        of = given.func if isinstance(given, partial) else given
+        of = of if hasattr(of, "__qualname__") else type(of)
+        found, digest, name = given, None, f"{of.__module__}:{of.__qualname__}"
     wrong = f"{flag} {name}: "
     if inspect.isclass(found):
         raise ValueError(f"{wrong}a class; name an object of it: NAME = {found.__name__}(…)")
     if not callable(found):
         file, _, attribute = name.rpartition(":")
         raise ValueError(f"{wrong}{file} has no function {attribute} (it is {described(found)})")
-    arguments = "nll, prior" if getattr(found, "in_step", False) else ARGUMENTS[flag]
-    try:
-        inspect.signature(found).bind(*arguments.split(", "))
-    except ValueError:  # written in C, and does not say
-        pass
-    except TypeError as e:
-        called = f"{getattr(found, '__name__', 'it')}{inspect.signature(found)}"
-        raise ValueError(f"{wrong}{called} cannot be called with ({arguments}): {e}") from None
-    for optional in ("constant_price", "weigh", "update", "state_dict", "load_state_dict", "prior"):
-        if not callable(getattr(found, optional, print)):
-            raise ValueError(f"{wrong}its {optional} is {described(getattr(found, optional))}, expected a function")
+    check_call(found, "nll, prior" if getattr(found, "in_step", False) else ARGUMENTS[flag], wrong)
+    for optional, arguments in OPTIONAL.items():
+        if hasattr(found, optional) and (optional == "prior") == (flag == "--grouper"):
+            if not callable(getattr(found, optional)):
+                kind = described(getattr(found, optional))
+                raise ValueError(f"{wrong}its {optional} is {kind}, expected a function")
+            check_call(getattr(found, optional), arguments, f"{wrong}its {optional}: ")
     states = [name for name in ("update", "state_dict", "load_state_dict") if hasattr(found, name)]
-    if states and (missing := {"state_dict", "load_state_dict"} - {*states}):
-        raise ValueError(
-            f"{wrong}has {states[0]} but no {' and no '.join(sorted(missing))}: a resumed run would lose its state"
-        )
+    if missing := {"state_dict", "load_state_dict"} - {*states} if states else {}:
+        lacking = " and no ".join(sorted(missing))
+        raise ValueError(f"{wrong}has {states[0]} but no {lacking}: a resumed run would lose its state")
     try:
-        return Named(name, copy.deepcopy(found), flag, digest)
+        fresh = copy.deepcopy(found)
     except Exception as e:  # any: it holds what cannot be copied
         raise ValueError(f"{wrong}each run begins with a copy of it, and it cannot be copied ({e})") from e
+    if fresh is found and states:  # a function, which is its own copy: put its first state back
+        found.load_state_dict(copy.deepcopy(first_state(found)))
+    return Named(name, fresh, flag, digest or source_digest(fresh))
+
+
+def check_call(function: Callable, arguments: str, wrong: str) -> None:
+    """ValueError where a function does not take these arguments."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # written in C, and does not say
+        return
+    try:
+        signature.bind(*filter(None, arguments.split(", ")))
+    except TypeError as e:
+        called = f"{getattr(function, '__name__', 'it')}{signature}"
+        raise ValueError(f"{wrong}{called} cannot be called with ({arguments}): {e}") from None
+
+
+@cache
+def first_state(function: Callable) -> dict:
+    return copy.deepcopy(function.state_dict())
 
 
 def from_file(name: str, flag: str) -> tuple[object, str]:

@@ -5,6 +5,7 @@ import math
 import resource
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +37,8 @@ def group_means(nats: Tensor, tokens: Tensor) -> dict:
     if len(means) == 2:
         return row | {"worst": "important" if higher else "unimportant"}
     known = [-math.inf if mean is None else mean for mean in means]
-    return row | {"worst": f"group {known.index(max(known))}", "groups": [*map(list, zip(means, counts))]}
+    worst = max(range(len(known)), key=lambda k: (known[k], k))  # on a tie the last, as in `sft_go`
+    return row | {"worst": f"group {worst}", "groups": [*map(list, zip(means, counts))]}
 
 
 def groups_of(row: dict) -> dict[str, tuple[float | None, int]]:
@@ -46,24 +48,35 @@ def groups_of(row: dict) -> dict[str, tuple[float | None, int]]:
     return {name: (row[name], row[f"{name}_tokens"]) for name in ("important", "unimportant")}
 
 
-def fault(row: dict, objective: Named, nats: Tensor, tokens: Tensor, supervised: Tensor, off: Tensor | None) -> str:
+def fault(
+    row: dict,
+    objective: Named,
+    nats: Tensor,
+    tokens: Tensor,
+    supervised: Tensor,
+    constant: bool,
+    prices: Callable[[], Tensor],
+) -> str:
     """What forbids the update, after a step's gradient is there; "" if nothing does.
 
     Args:
         row:          what the log would have.
         nats, tokens: the step's sums, (K,) each, and how many tokens are `supervised`, ().
-        off:          (K,) price · all tokens - 1, where the objective said that its price is constant.
+        constant:     the objective said that its price is.
+        prices:       makes the step's prices, (K,).
     """
     if tokens.sum() != supervised:
         return f"the grouper gave labels outside 0 … {len(tokens) - 1}, or scores of nan"
-    if off is not None and not off.abs().max() <= 1e-5:
-        costs = ", ".join(f"{1 + x:.4g}" for x in off.tolist())
-        return f"{objective} calls its price constant, but a nat of its groups costs {costs} times 1 / (all tokens)"
-    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+    if constant and not ((costs := prices()[tokens > 0] * tokens.sum()) - 1).abs().max() <= 1e-5:
+        found = listed([f"{x:.4g}" for x in costs.tolist()], ", ")
+        return f"{objective} calls its price constant, but a nat of its groups costs {found} times 1 / (all tokens)"
+    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) and nats.isfinite().all():
         return ""
-    if math.isfinite(row["ce"]) and not math.isfinite(row["loss"]):
-        finite = "of finite losses" if nats.isfinite().all() else "by weights that are below 0 or not finite"
-        return f"{line(row)}: {objective} made it {finite}"
+    if math.isfinite(row["ce"]):
+        if not nats.isfinite().all():
+            return f"{line(row)}: {objective} made it by weights that are below 0 or not finite"
+        if not math.isfinite(row["loss"]) or not prices()[tokens > 0].isfinite().all():
+            return f"{line(row)}: {objective} made it of finite losses"
     return f"{line(row)}. Lower --lr or use --dtype float32"
 
 
@@ -71,17 +84,21 @@ def short(mean: float | None) -> str:
     return "–" if mean is None else f"{mean:.3f}"
 
 
+def listed(parts: list[str], between: str, most: int = 12) -> str:
+    """At most so many, then a dot for the rest."""
+    return between.join(parts[:most] + ["…"] * (len(parts) > most))
+
+
 def line(row: dict) -> str:
-    groups = " | ".join(f"{name} {short(mean)} ({tokens:,})" for name, (mean, tokens) in groups_of(row).items())
+    groups = listed([f"{name} {short(mean)} ({tokens:,})" for name, (mean, tokens) in groups_of(row).items()], " | ")
     speed = f" | {row['tokens_per_second'] / 1e3:.1f}k tok/s" if "tokens_per_second" in row else ""
     rates = f"lr {row['lr']:.1e} | grad {row['grad_norm']:.2f}"
     return f"loss {row['loss']:.3f} | ce {row['ce']:.3f} | {groups} | {rates}{speed}"
 
 
 def brief(row: dict) -> str:
-    return f"loss {row['loss']:.3f}, " + ", ".join(
-        f"{name} {short(mean)}" for name, (mean, _) in groups_of(row).items()
-    )
+    means = [f"{name} {short(mean)}" for name, (mean, _) in groups_of(row).items()]
+    return f"loss {row['loss']:.3f}, {listed(means, ', ')}"
 
 
 def speed(tokens: int, seconds: float, device: torch.device) -> dict:
@@ -197,8 +214,8 @@ def share(cfg, grouper: Named, corpus: Corpus, prior: np.ndarray | None) -> str:
     shares = [f"{n / len(group):.1%}" for n in np.bincount(group, minlength=len(cfg.eta) + 1 if scored else 1).tolist()]
     if scored and len(shares) == 2:
         return f"{eta}{shares[1]} of the supervised tokens important"
-    listed = ", ".join(shares[:12]) + ", …" * (len(shares) > 12)
-    return f"{eta if scored else ': '}{len(shares)} group{'s' * (len(shares) > 1)}, {listed} of the supervised tokens"
+    how_many = f"{len(shares)} group{'s' * (len(shares) > 1)}"
+    return f"{eta if scored else ': '}{how_many}, {listed(shares, ', ')} of the supervised tokens"
 
 
 def groups_of_corpus(

@@ -41,10 +41,14 @@ def without_model(grouper: Named, corpus: Corpus, seed: int) -> np.ndarray | Non
     make = getattr(grouper, "prior", None) if getattr(grouper, "in_step", False) else grouper
     if make is None:  # it looks at the losses alone
         return np.zeros(len(corpus.ids), np.float32)
+    for array in (corpus.ids, corpus.kind, corpus.starts, corpus.spans):  # what is trained on is not the grouper's
+        if array is not None:
+            array.flags.writeable = False
     prior, mask = make(corpus, seed), corpus.loss_mask
     holds = isinstance(prior, np.ndarray) and prior.shape == corpus.ids.shape and prior.dtype.kind in "fiu"
     kinds = f"floats (scores) or integers (groups) in a numpy array {corpus.ids.shape}"
     kinds += "" if isinstance(prior, np.ndarray) else "; a grouper of (nll, prior) has in_step = True"
+    kinds += ": .astype(int)" * (getattr(prior, "dtype", None) == bool)
     grouper.expect(prior, holds, kinds)
     if prior.dtype.kind == "f":
         grouper.expect(

@@ -245,6 +245,13 @@ def said(here, monkeypatch, capsys):
 
 
 @pytest.mark.fast
+def test_the_groups_are_those_of_the_whole_file_though_few_samples_are_looked_at(here, corpus):
+    (here / "given.py").write_text("def last(corpus, seed):\n    return 1 + (corpus.doc_ids == len(corpus) - 1)\n")
+    (view,) = look.views(arguments(here, "--grouper", f"{here / 'given.py'}:last"), corpus, np.arange(2), None)
+    assert view.K == 3 and set(view.group.tolist()) == {0, 1} and look.kind(view) == "in group 0, 1, 2"
+
+
+@pytest.mark.fast
 def test_the_program_prints_samples_and_writes_a_page(here, said):
     out = said("--grouper", "tfidf,frequency", "--html", here / "page.html")
     assert [line for line in out.splitlines() if line[:1] == "═"] == ["══ row 1 ══", "══ row 2 ══", "══ row 4 ══"]

@@ -2,6 +2,7 @@
 their content, and every mistake is one line.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -17,9 +18,12 @@ from safetensors.torch import load_file
 import groupers
 import sftgo
 import train
-from support.named import Named, named
+from support import report
+from support.named import Named, named, source
 
 ROOT = Path(train.__file__).parent
+sys.path.append(str(ROOT / "examples"))
+from group_dro import GroupDRO  # noqa: E402
 
 MINE = '''"""Three groups by length; the groups are weighed by how high their means are."""
 
@@ -203,6 +207,20 @@ class Steep:
         return (nats.sum() / tokens.sum()) ** self.power
 
 
+class Base:
+    def __call__(self, nats, tokens, lam):
+        return nats.sum() / tokens.sum()
+
+
+class Heir(Steep):
+    pass
+
+
+class OtherHeir(Base):
+    def __init__(self, power):
+        self.power = power
+
+
 def test_objects_from_python_train_as_the_same_functions_of_a_file_do(folder, rows, mine, tmp_path):
     flags = "--eta", 0.5, 0.9, *MANY
     names = "--grouper", f"{mine}:length", "--objective", f"{mine}:soft_worst"
@@ -238,6 +256,17 @@ def test_an_object_is_known_by_its_source_and_by_what_was_set_on_it():
     exec("def f(nats, tokens, lam):\n    return nats.sum()", here)
     assert digest(here["f"]) != digest(here["f"]), "no source: nothing is known to be the same"
     assert digest(scaled(object())) != digest(scaled(object()))
+
+    def wrapped(by):
+        @functools.wraps(soft_worst)
+        def wrapper(nats, tokens, lam):
+            return by * soft_worst(nats, tokens, lam)
+
+        return wrapper
+
+    assert digest(wrapped(1)) == digest(wrapped(1)) != digest(wrapped(2))
+    assert digest(Heir(2)) != digest(Steep(2)) and digest(Heir(2)) != digest(OtherHeir(2))
+    assert source({"a", "b", "c"}) == source({"c", "a", "b"})
 
 
 def test_without_source_a_run_says_at_once_that_it_cannot_be_resumed_and_is_not(folder, rows, tmp_path, capsys):
@@ -291,34 +320,27 @@ def test_a_state_moves_once_a_step_and_begins_anew_in_each_run(folder, rows, min
         assert [round(row["loss"] / row["ce"], 5) for row in metrics] == [1, 2, 3]
 
 
+def test_a_functions_state_begins_anew_in_each_run_too(folder, rows, tmp_path):
+    def f(nats, tokens, lam):
+        return f.n * nats.sum() / tokens.sum()
+
+    f.n, f.state_dict = 1, lambda: {"n": f.n}
+    f.update = lambda nats, tokens: setattr(f, "n", f.n + 1)
+    f.load_state_dict = lambda state: setattr(f, "n", state["n"])
+    for out in ("a", "b"):
+        metrics, _ = run(folder, rows, tmp_path / out, "--lr", 1e-9, objective=f)
+        assert [round(row["loss"] / row["ce"], 5) for row in metrics] == [1, 2, 3]
+
+
 def test_a_given_object_is_not_changed_by_the_run(folder, rows, tmp_path):
-    objective = DRO()
+    objective = GroupDRO(1.0)
     run(folder, rows, tmp_path / "a", objective=objective)
     assert objective.log_weights == 0
 
 
-class DRO:
-    """A state that is a tensor, of a shape that only the first step knows."""
-
-    def __init__(self):
-        self.log_weights = torch.zeros(())
-
-    def __call__(self, nats, tokens, lam):
-        return ((self.log_weights + nats.detach() / tokens).softmax(0) * nats / tokens).sum()
-
-    def update(self, nats, tokens):
-        self.log_weights = (self.log_weights + nats / tokens).log_softmax(0)
-
-    def state_dict(self):
-        return {"log_weights": self.log_weights}
-
-    def load_state_dict(self, state):
-        self.log_weights = state["log_weights"]
-
-
 @pytest.mark.parametrize("name", ["state", "weights"])
 def test_a_run_that_stops_and_resumes_is_the_uninterrupted_one(folder, rows, tmp_path, monkeypatch, name):
-    objective, grouper = {"state": (DRO(), length), "weights": (Weighted(), "loss")}[name]
+    objective, grouper = {"state": (GroupDRO(1.0), length), "weights": (Weighted(), "loss")}[name]
     flags = "--max-steps", 6, "--checkpoint-every", 2, *MANY
     whole = run(folder, rows, tmp_path / "whole", *flags, objective=objective, grouper=grouper)
 
@@ -339,12 +361,12 @@ def test_a_run_that_stops_and_resumes_is_the_uninterrupted_one(folder, rows, tmp
 
 
 def test_a_state_that_could_not_be_loaded_again_is_refused(folder, rows, tmp_path):
-    class Wrong(DRO):
+    class Wrong(GroupDRO):
         def state_dict(self):
             return {"log_weights": Path("x")}
 
     with pytest.raises(ValueError, match="state_dict.. holds something else; only tensors"):
-        run(folder, rows, tmp_path / "a", "--checkpoint-every", 1, objective=Wrong())
+        run(folder, rows, tmp_path / "a", "--checkpoint-every", 1, objective=Wrong(1.0))
     assert not (tmp_path / "a" / "metrics.jsonl").exists(), "before the first step, not after hours"
 
 
@@ -434,12 +456,55 @@ def test_what_changes_its_arguments_in_place_changes_no_number_of_the_step(folde
         return (nats / tokens.clamp(min=1)).square().sum()
 
     def dirty(nats, tokens, lam):
-        return (nats / tokens.clamp_(min=1)).square().sum()
+        return nats.div_(tokens.clamp_(min=1)).square().sum()
 
     clean.weigh, dirty.weigh = lambda nll, batch: (-nll).exp(), lambda nll, batch: nll.neg_().exp_()
     a = run(folder, rows, tmp_path / "a", *pieces, "--grouper", "none", objective=clean)
     b = run(folder, rows, tmp_path / "b", *pieces, "--grouper", "none", objective=dirty)
     assert same(a, b)
+
+
+@pytest.mark.fast
+def test_a_grouper_cannot_write_into_the_data(folder, rows, mine):
+    mine.write_text("def f(corpus, seed):\n    corpus.ids[:] = 5\n    return corpus.ids\n")
+    with pytest.raises(
+        ValueError, match=r"mine.py:f: ValueError: assignment destination is read-only \(.*mine.py, line 2"
+    ):
+        train.train(config(folder, rows, "--grouper", f"{mine}:f", "--dry-run"))
+
+
+@pytest.mark.fast
+def test_a_grouper_in_the_place_of_none_needs_an_objective(folder, rows, capsys):
+    cfg = config(folder, rows, "--grouper", "none", "--dry-run")
+    with pytest.raises(ValueError, match="give the objective, too"):
+        train.train(cfg, grouper="tfidf")
+    train.train(cfg, grouper="tfidf", objective="sft_go")
+    assert "sft_go, λ 0.9, scope step; groups by tfidf" in capsys.readouterr().out
+
+
+@pytest.mark.fast
+def test_optional_functions_are_checked_for_their_arguments_at_once(mine):
+    objective = GroupDRO(1.0)
+    objective.update = lambda nats: None
+    with pytest.raises(
+        ValueError, match=r"its update: <lambda>\(nats\) cannot be called with \(nats, tokens\): too many"
+    ):
+        named(objective, "--objective")
+
+
+@pytest.mark.fast
+def test_a_file_that_exits_is_an_error(mine):
+    mine.write_text("import sys\n\nsys.exit(0)\n")
+    with pytest.raises(ValueError, match="SystemExit while it was imported"):
+        named(f"{mine}:f", "--objective")
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("means, worst", [((1.0, 3.0, 2.0), 1), ((3.0, 1.0, 3.0), 2), ((1.0, 0.5, None), 0)])
+def test_the_worst_of_several_groups_is_named_and_on_a_tie_the_last(means, worst):
+    tokens = torch.tensor([4.0 if mean else 0.0 for mean in means])
+    row = report.group_means(tokens * torch.tensor([mean or 0.0 for mean in means]), tokens)
+    assert row["worst"] == f"group {worst}" and [mean for mean, _ in row["groups"]] == list(means)
 
 
 @pytest.mark.fast
@@ -567,6 +632,23 @@ STEP_MISTAKES = {  # what stands in the file, and the line that the first step g
     ),
     "raises": ("def f(nats, tokens, lam):\n    return nats[7]", "IndexError: index 7 is out of bounds"),
     "not finite": ("def f(nats, tokens, lam):\n    return nats.sum() * float('inf')", "f made it of finite losses"),
+    "a gradient that is not": (
+        "def f(nats, tokens, lam):\n    return nats.sum() + (0 * nats.sum()).sqrt()",
+        "f made it of finite losses",
+    ),
+    "a price of nan called constant": (
+        "def f(n, t, lam):\n    return (0 * n.sum()).sqrt()\n\n\nf.constant_price = lambda lam: True",
+        "calls its price constant, but a nat of its groups costs nan",
+    ),
+    "nan weights where the objective does not look": (
+        "def f(nats, tokens, lam):\n    return nats[0] / tokens[0]\n\n\n"
+        "f.weigh = lambda nll, batch: 1.0 - 2 * batch.group.float()",
+        "made it by weights that are below 0 or not finite",
+    ),
+    "a library's frame": (
+        "import torch\n\n\ndef f(nats, tokens, lam):\n    return torch.einsum('ij->i', nats)",
+        "mine.py, line 5)",
+    ),
     "a lie": (
         "def f(nats, tokens, lam):\n    return (nats / tokens).max()\n\n\nf.constant_price = lambda lam: True",
         "calls its price constant, but a nat of its groups costs",
@@ -588,7 +670,7 @@ IN_STEP = {
     "scores of another shape": ("def f(nll, prior):\n    return nll[:3]", "expected floats in a tensor ("),
     "integers in a step": ("def f(nll, prior):\n    return nll.int()", "returned torch.int32 ("),
     "an array": ("def f(nll, prior):\n    return nll.numpy()", "returned float32 ("),
-    "scores of nan": ("def f(nll, prior):\n    return nll / 0 * 0", "(-1: a score of nan)"),
+    "scores of nan": ("def f(nll, prior):\n    return nll / 0 * 0", "mine.py:f: a score of nan"),
 }
 
 
