@@ -464,6 +464,15 @@ def test_what_changes_its_arguments_in_place_changes_no_number_of_the_step(folde
     assert same(a, b)
 
 
+@pytest.mark.parametrize("scope", ["step", "micro_batch"])
+def test_an_objective_gets_float64_in_both_scopes(folder, rows, tmp_path, scope):
+    def f(nats, tokens, lam):
+        assert nats.dtype == tokens.dtype == torch.float64
+        return nats.sum() / tokens.sum()
+
+    run(folder, rows, tmp_path / "a", "--scope", scope, "--max-steps", 1, *MANY, objective=f)
+
+
 @pytest.mark.fast
 def test_a_grouper_cannot_write_into_the_data(folder, rows, mine):
     mine.write_text("def f(corpus, seed):\n    corpus.ids[:] = 5\n    return corpus.ids\n")
