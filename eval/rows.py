@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from published.files import read_text
-from published.rows import read_rows
+from published.rows import read_parquet, read_rows
 
 READ = (".parquet", ".json", ".jsonl", ".csv")
 
@@ -91,14 +91,3 @@ def read_file(path: Path) -> list[Row]:
     else:
         return [Row(where, row) for where, row in read_rows(path)]
     return [Row(f"{path}: row {i}", row) for i, row in enumerate(rows, 1)]
-
-
-def read_parquet(path: Path) -> list[dict]:
-    try:
-        from pyarrow import parquet
-    except ImportError as e:
-        raise ValueError(f'{path}: parquet needs pyarrow; install it with: pip install -e ".[parquet]"') from e
-    try:
-        return parquet.read_table(path).to_pylist()
-    except (ValueError, OSError) as e:  # pyarrow's own, without the file
-        raise ValueError(f"{path}: not an intact parquet file ({e}); fetch it again") from e

@@ -29,6 +29,26 @@ def read_rows(path: str | Path) -> list[tuple[str, dict]]:
     return rows
 
 
+def read_parquet(path: Path) -> list[dict]:
+    try:
+        from pyarrow import parquet
+    except ImportError as e:
+        raise ValueError(f'{path}: parquet needs pyarrow; install it with: pip install -e ".[parquet]"') from e
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (ValueError, OSError) as e:  # pyarrow's own, without the file
+        raise ValueError(f"{path}: not an intact parquet file ({e}); move it away and fetch it again") from e
+
+
+def half_pair(text: str) -> str:
+    r"""The first half of a surrogate pair in a text, as JSON spells it (\ud83d), which no tokenizer reads; else ""."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        return f"\\u{ord(text[e.start]):04x}"
+    return ""
+
+
 def parsed(text: str, path: Path, line: int):
     try:
         return json.loads(text)
