@@ -5,15 +5,15 @@
                           one string, tokenized     apart     one id
       kind             TEMPLATE  PROMPT  TEMPLATE   RESPONSE   END            trained on: RESPONSE and END
 
-The tokenizer reads prompt and template as one string, as at generation. It reads each response separately, so no token
-spans the boundary. Text never becomes a special token, even if it spells one. A corpus is flat arrays without padding.
-A batch is one row of complete samples, one after the other. Labels are shifted by one: entry i of targets, loss_mask,
-prior and group describes the token that position i predicts.
+The tokenizer reads prompt and template as one string, as at generation, and then both with the response. Where the
+response would change the prompt's tokens, as by a merge across the boundary, it is read separately. Text never becomes
+a special token, even if it spells one. A corpus is flat arrays without padding. A batch is one row of complete samples,
+one after the other. Labels are shifted by one: entry i of targets, loss_mask, prior and group describes the token that
+position i predicts.
 
 T positions of a packed row, N samples of a corpus, `tokens` tokens of a corpus.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -28,61 +28,12 @@ from tqdm import tqdm
 from model import Llama, Packed
 from published.rows import read_rows
 from published.tokenizer import Tokenizer
+from published.turns import Turn, parse
 from sftgo import token_nll
 
 TEMPLATE, PROMPT, RESPONSE, END, SPECIAL = range(5)  # piece kinds; END and SPECIAL pieces hold a special token's name
-Turns = list[tuple[str, str | None]]  # (role, text); None: the turn that the model will generate
+Turns = list[Turn]
 Pieces = Iterator[tuple[int, str]]  # (kind, text or a token's name)
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-
-
-# Rows.
-
-
-def parse(where: str, row: dict) -> tuple[str, Turns]:
-    """(format, turns) of one row; the format is "dialogue", "alpaca" or "text". `where` names the row in errors."""
-
-    def string(value, name: str) -> str:
-        if not isinstance(value, str):
-            raise ValueError(f"{where}: {name} is {type(value).__name__}, expected a string")
-        try:
-            value.encode()
-        except UnicodeEncodeError as e:
-            half = f"{name} holds \\u{ord(value[e.start]):04x}, half of a surrogate pair"
-            raise ValueError(f"{where}: {half}; was an emoji cut in two?") from e
-        return value
-
-    def pair(prompt: str, answer: str) -> Turns:
-        return [("user", string(row[prompt], prompt)), ("assistant", string(row[answer], answer))]
-
-    for name in ("conversations", "messages"):
-        if name in row:
-            turns, out = row[name], []
-            if not isinstance(turns, list) or not turns:
-                raise ValueError(f"{where}: {name} is {json.dumps(turns)[:60]}, expected a list of turns")
-            for i, turn in enumerate(turns):
-                spot = f"{name}[{i}]"
-                if isinstance(turns[0], str) and name == "conversations":  # LIMA: the user begins, then they alternate
-                    out.append((("user", "assistant")[i % 2], string(turn, spot)))
-                    continue
-                fields = turn if isinstance(turn, dict) else {}
-                key, role = "value" if "value" in fields else "content", fields.get("role", fields.get("from"))
-                if not isinstance(role, str) or role not in ROLES:
-                    raise ValueError(f"{where}: {spot} is {json.dumps(turn)[:60]}, expected a role: {', '.join(ROLES)}")
-                out.append((ROLES[role], string(fields.get(key), f"{spot}.{key}")))
-            return "dialogue", out
-    if row.keys() >= {"instruction", "output"}:
-        user, answer = pair("instruction", "output")
-        given = string(row.get("input", ""), "input")
-        return "alpaca", [user, ("input", given), answer] if given else [user, answer]
-    if row.keys() >= {"prompt", "completion"}:
-        return "dialogue", pair("prompt", "completion")
-    if "text" in row:
-        return "text", [("assistant", string(row["text"], "text"))]
-    raise ValueError(
-        f"{where}: fields {', '.join(map(repr, row)) or 'none'}; expected conversations (LIMA, ShareGPT), messages, "
-        "instruction and output (Alpaca), prompt and completion, or text"
-    )
 
 
 # Templates: turns -> pieces.
@@ -90,53 +41,54 @@ def parse(where: str, row: dict) -> tuple[str, Turns]:
 
 def plain(turns: Turns) -> Pieces:
     """Appendix I's form: "User: …", a blank line, "Assistant: …", each answer closed by the end token."""
-    for role, content in with_input(turns):
-        if role == "assistant":
+    for turn in with_input(turns):
+        if turn.role == "assistant":
             yield TEMPLATE, "Assistant:"
-            yield from answer(content, " ")
+            yield from answer(turn, " ")
         else:
-            yield from [(TEMPLATE, f"{role.capitalize()}: "), (PROMPT, content), (TEMPLATE, "\n\n")]
+            yield from [(TEMPLATE, f"{turn.role.capitalize()}: "), (PROMPT, turn.text), (TEMPLATE, "\n\n")]
 
 
 def alpaca(turns: Turns) -> Pieces:
     """Stanford's two prompts: one instruction, perhaps with an input, one answer."""
-    (_, instruction), *given, (_, output) = turns
+    instruction, *given, output = turns
     paired = ", paired with an input that provides further context" if given else ""
     yield TEMPLATE, f"Below is an instruction that describes a task{paired}. "
     yield TEMPLATE, "Write a response that appropriately completes the request.\n\n### Instruction:\n"
-    yield PROMPT, instruction
-    for _, content in given:
-        yield from [(TEMPLATE, "\n\n### Input:\n"), (PROMPT, content)]
+    yield PROMPT, instruction.text
+    for turn in given:
+        yield from [(TEMPLATE, "\n\n### Input:\n"), (PROMPT, turn.text)]
     yield TEMPLATE, "\n\n### Response:"
     yield from answer(output)
 
 
 def llama3(turns: Turns) -> Pieces:
     """Llama 3's chat format. The checkpoint must have trained header tokens; support/ checks it."""
-    for role, content in with_input(turns):
-        yield from [(SPECIAL, "<|start_header_id|>"), (TEMPLATE, role), (SPECIAL, "<|end_header_id|>")]
+    for turn in with_input(turns):
+        yield from [(SPECIAL, "<|start_header_id|>"), (TEMPLATE, turn.role), (SPECIAL, "<|end_header_id|>")]
         yield TEMPLATE, "\n\n"
-        if role == "assistant":
-            yield from answer(content and content.strip(), end="<|eot_id|>")
+        if turn.role == "assistant":
+            yield from answer(turn._replace(text=turn.text and turn.text.strip()), end="<|eot_id|>")
         else:
-            yield from [(PROMPT, content.strip()), (SPECIAL, "<|eot_id|>")]
+            yield from [(PROMPT, turn.text.strip()), (SPECIAL, "<|eot_id|>")]
 
 
 def text(turns: Turns) -> Pieces:
     """Plain text: every token is trained on."""
-    for _, content in turns:
-        yield from answer(content)
+    for turn in turns:
+        yield from answer(turn)
 
 
-def answer(content: str | None, lead: str = "", end: str = "<|end_of_text|>") -> Pieces:
-    if content is not None:
-        yield from [(RESPONSE, lead + content), (END, end)]
+def answer(turn: Turn, lead: str = "", end: str = "<|end_of_text|>") -> Pieces:
+    if turn.text is not None:
+        yield from [(RESPONSE if turn.train else PROMPT, lead + turn.text), (END if turn.train else SPECIAL, end)]
 
 
 def with_input(turns: Turns) -> Turns:
     """Alpaca's input, rendered after the instruction in the same user turn."""
-    if len(turns) > 1 and turns[1][0] == "input":
-        return [("user", f"{turns[0][1]}\n\n{turns[1][1]}"), *turns[2:]]
+    for i, turn in enumerate(turns):
+        if turn.role == "input":
+            return [*turns[: i - 1], Turn("user", f"{turns[i - 1].text}\n\n{turn.text}"), *turns[i + 1 :]]
     return turns
 
 
@@ -148,7 +100,7 @@ def renderer(where: str, found: str, turns: Turns, template: str) -> Callable[[T
     """The template's function; ValueError where it cannot render the row."""
     if (found == "text") != (template == "text"):
         raise ValueError(f"{where}: a row of {found} does not fit --template {template}; use --template {AUTO[found]}")
-    roles = [role for role, _ in turns if role != "input"]
+    roles = [turn.role for turn in turns if turn.role != "input"]
     if template == "alpaca" and roles not in (["user", "assistant"], []):
         raise ValueError(f"{where}: {', '.join(roles)}: not one instruction and one answer; use --template plain")
     return TEMPLATES[template]
@@ -169,6 +121,7 @@ class Corpus:
     text: str = ""  # what the tokenizer read, document after document
     template: str = "plain"
     counts: dict[str, int] = field(default_factory=dict)  # "rows", "kept", and how many were dropped or cut, and why
+    ignored: frozenset[str] = frozenset()  # fields of the rows that change nothing
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -201,22 +154,30 @@ def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: 
     A sample longer than `context` loses its end, and with it its end token. Plain text is instead split into several
     samples, each with its own BOS, so every token is trained on once. A ValueError names file and line.
     """
-    counts, documents, first = Counter(), {}, None  # documents: number of the row -> its pieces
+    counts, documents, first, ignored = Counter(), {}, None, set()  # documents: number of the row -> its pieces
     rows = read_rows(path)
     for number, (where, row) in enumerate(rows, 1):
-        found, turns = parse(where, row)
+        found, turns, unread = parse(where, row)
+        ignored |= unread
         if first is None:
             first, template = found, AUTO[found] if template == "auto" else template
         if found != first:
             raise ValueError(f"{where}: a row of {found}, but the file began with {first}; split the file by kind")
-        answered = max((i for i, (role, _) in enumerate(turns, 1) if role == "assistant"), default=0)
-        render = renderer(where, found, turns[:answered], template)
-        if not answered or not all(content.strip() for role, content in turns[:answered] if role == "assistant"):
-            counts["dropped: empty response" if answered else "dropped: no response"] += 1
+        learnt = [i for i, turn in enumerate(turns, 1) if turn.role == "assistant" and turn.train]
+        used = turns[: max(learnt, default=0)]
+        render = renderer(where, found, used, template)
+        if not learnt or not all(turns[i - 1].text.strip() for i in learnt):
+            asked = any(turn.role == "assistant" for turn in turns)
+            why = "empty response" if learnt else "no response is trained on" if asked else "no response"
+            counts[f"dropped: {why}"] += 1
         else:
-            counts["unanswered last turns left out"] += answered < len(turns)
-            documents[number] = list(render(turns[:answered]))
+            counts["last turns without an answer to train on left out"] += len(used) < len(turns)
+            documents[number] = list(render(used))
     whole = tokenize([*documents.values()], tokenizer)
+    counts.update(whole.counts)
+    if (at := whole.ids >= tokenizer.vocab_size).any():
+        number = [*documents][whole.doc_ids[at.argmax()]]
+        raise ValueError(f"{rows[number - 1][0]}: {tokenizer.unembedded(whole.ids[at.argmax()])}")
     # One document gives one sample; plain text gives several. Each sample is the BOS and one stretch of the document.
     stretches = -(-(whole.lengths - 1) // (context - 1)) if template == "text" else np.ones(len(whole), np.int64)
     document = np.repeat(np.arange(len(whole)), stretches)  # (samples,) the document of each sample
@@ -237,7 +198,7 @@ def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: 
         why = ", ".join(f"{n} {what}" for what, n in counts.items())
         raise ValueError(f"{path}: none of {len(rows)} rows is usable ({why}); each needs a response within --context")
     corpus = corpus if usable.all() else corpus.take(np.flatnonzero(usable))
-    return replace(corpus, counts={"rows": len(rows), "kept": len(corpus), **counts})
+    return replace(corpus, counts={"rows": len(rows), "kept": len(corpus), **counts}, ignored=frozenset(ignored))
 
 
 def tokenize(documents: list[list[tuple[int, str]]], tokenizer: Tokenizer) -> Corpus:
@@ -247,47 +208,87 @@ def tokenize(documents: list[list[tuple[int, str]]], tokenizer: Tokenizer) -> Co
     chunks = [
         encode([pieces for _, pieces in chunk], tokenizer) for _, chunk in groupby(numbered, lambda pair: pair[0])
     ]
-    ids, kinds, spans, lengths, texts = zip(*(chunks or [encode([], tokenizer)]))
+    ids, kinds, spans, lengths, apart, texts = zip(*(chunks or [encode([], tokenizer)]))
     begin = np.cumsum([0, *map(len, texts)])
     spans, starts = [span + at for span, at in zip(spans, begin)], np.cumsum([0, *chain(*lengths)])
-    return Corpus(np.concatenate(ids), np.concatenate(kinds), starts, np.concatenate(spans), text="".join(texts))
+    counts = {"with an answer read apart, which would change its prompt's tokens": sum(apart)}
+    ids, kinds, spans = (np.concatenate(parts) for parts in (ids, kinds, spans))
+    return Corpus(ids, kinds, starts, spans, text="".join(texts), counts=counts)
 
 
 def encode(documents: list[list[tuple[int, str]]], tokenizer: Tokenizer) -> tuple:
-    """(ids, kinds, spans, tokens of each document, text) of documents end to end; spans are characters of that text."""
-    documents = [[*segments([(SPECIAL, tokenizer.bos_token), *pieces])] for pieces in documents]
-    parts = [part for document in documents for part in document]
-    texts = ["".join(s for kind, s in part if kind < END) for part in parts]  # "" for a token by name
-    found = iter(tokenizer.backend.encode_batch([text for text in texts if text], add_special_tokens=False))
-    tokens, offsets = [], []
-    for part, text in zip(parts, texts):
-        encoding = next(found) if text else None
-        tokens.append(encoding.ids if text else [tokenizer.id(name) for kind, name in part if kind >= END])
-        offsets.append(encoding.offsets if text else [(0, 0)] * len(tokens[-1]))
-    count, length = (np.array([*map(len, column)], np.int64) for column in (tokens, texts))  # of each part
+    """Documents end to end: (ids, kinds, spans, tokens of each, how many have an answer read apart, text); spans are
+    characters of that text."""
+    parts = [
+        (i, *part) for i, pieces in enumerate(documents) for part in seams([(SPECIAL, tokenizer.bos_token), *pieces])
+    ]
+    spelt = [
+        [tokenizer.written(s) if kind >= END else s for kind, s in before + answer] for *_, before, answer in parts
+    ]
+    wholes, ids, offsets, apart = [*map("".join, spelt)], [], [], set()
+    befores = ["".join(strings[: len(before)]) for strings, (*_, before, _) in zip(spelt, parts)]
+    prompts = tokenizer.reader.encode_batch_fast(befores, add_special_tokens=False)
+    count = np.zeros((len(parts), 2), np.int64)  # tokens of each part: before its answer, and of that
+    for i, (part, prompt, whole) in enumerate(
+        zip(parts, prompts, tokenizer.reader.encode_batch(wholes, add_special_tokens=False))
+    ):
+        document, known, tokens, at, n = *part[:2], whole.ids, whole.offsets, len(prompt)
+        if tokens[:n] != prompt.ids:
+            tokens, at, size = (
+                prompt.ids,
+                tokenizer.reader.encode(befores[i], add_special_tokens=False).offsets,
+                len(befores[i]),
+            )
+            alone = tokenizer.apart.encode(wholes[i][size:], add_special_tokens=False)
+            tokens, at = tokens + alone.ids, at + [(a + size, b + size) for a, b in alone.offsets]
+            apart.add(document)
+        ids.append(tokens[known:])
+        offsets.append(at[known:])
+        count[i] = n - known, len(tokens) - n
+    ids = np.fromiter(chain.from_iterable(ids), np.int32)
     spans = np.fromiter(chain.from_iterable(chain.from_iterable(offsets)), np.int64).reshape(-1, 2)
-    spans += np.repeat(np.cumsum(length) - length, count)[:, None]
-    kinds = np.repeat(np.array([part[0][0] for part in parts], np.uint8), count)
-    # In a prompt's string, the tokens that hold any character of the row's text are PROMPT, the others TEMPLATE.
-    written = [piece for part in parts for piece in part if piece[0] < END]
-    is_prompt = np.repeat([kind == PROMPT for kind, _ in written] + [False], [len(s) for _, s in written] + [1])
-    before = np.cumsum(is_prompt) - is_prompt  # how many characters of prompts there are before each character
-    begin = np.minimum(spans[:, 0], len(before) - 2)
+    spans += np.repeat(np.cumsum([0, *map(len, wholes)])[:-1], count.sum(1))[:, None]
+    # Of each character: what it is of, and how many of the text's and of its prompts' there are before it.
+    pieces = [kind for *_, before, answer in parts for kind, _ in before + answer] + [SPECIAL]
+    of = np.repeat(np.array(pieces, np.uint8), [*map(len, chain(*spelt)), 1])
+    text_before, prompt_before = (np.cumsum(x) - x for x in (of < END, of == PROMPT))
+    begin = np.minimum(spans[:, 0], len(of) - 2)
     stop = np.maximum(spans[:, 1], begin + 1)  # a tokenizer may give white space an empty span: see what follows it
-    prompt_or_not = np.where(before[stop] > before[begin], PROMPT, TEMPLATE)
-    kinds = np.select([kinds == SPECIAL, kinds < RESPONSE], [TEMPLATE, prompt_or_not], kinds).astype(np.uint8)
-    ends = np.cumsum([0, *count])[np.cumsum([0, *map(len, documents)])]
-    return np.fromiter(chain.from_iterable(tokens), np.int32), kinds, spans, np.diff(ends), "".join(texts)
+    # A token that holds any character of a row's prompt is PROMPT.
+    is_prompt = (prompt_before[stop] > prompt_before[begin]) & ~np.isin(ids, [*tokenizer.special.values()])
+    kinds = np.where(is_prompt, PROMPT, TEMPLATE).astype(np.uint8)
+    kinds[np.repeat(np.tile([False, True], len(parts)), count.ravel())] = RESPONSE
+    kinds[count.sum(1).cumsum()[count[:, 1] > 0] - 1] = END
+    lengths = np.bincount([part[0] for part in parts], count.sum(1), len(documents)).astype(np.int64)
+    text = "".join(
+        s
+        for strings, (*_, before, answer) in zip(spelt, parts)
+        for s, (kind, _) in zip(strings, before + answer)
+        if kind < END
+    )
+    return ids, kinds, text_before[spans], lengths, len(apart), text
 
 
-def segments(pieces: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """What is tokenized together: neighbouring template and prompt pieces; every other piece is by itself."""
-    for is_prompt, run in groupby(pieces, key=lambda piece: piece[0] in (TEMPLATE, PROMPT)):
-        yield from [list(run)] if is_prompt else ([piece] for piece in run)
+def seams(pieces: list[tuple[int, str]]) -> Iterator[tuple[int, list, list]]:
+    """(0 or 1, what stands before an answer, the answer with its end), in turn.
+
+    The second begins, where the first is 1, with the end of the answer before: what is read depends on its neighbours.
+    """
+    known, before = 0, []
+    for is_answer, run in groupby(pieces, key=lambda piece: piece[0] in (RESPONSE, END)):
+        if not is_answer:
+            before += run
+            continue
+        answer = list(run)
+        yield known, before, answer
+        known, before = 1, [(SPECIAL, answer[-1][1])]
+    if len(before) > known:
+        yield known, before, []
 
 
-def prompt_ids(tokenizer: Tokenizer, template: str, turns: Turns) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, template: str, turns: list[tuple[str, str | None]]) -> list[int]:
     """Token ids of a conversation whose last turn, ("assistant", None), is to be generated."""
+    turns = [Turn(role, said, train=False) for role, said in turns]
     return tokenize([list(TEMPLATES[template](turns))], tokenizer).ids.tolist()
 
 
