@@ -169,6 +169,8 @@ class Tokenizer:
         (folder / "tokenizer.json").write_bytes(self.raw)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config |= {key: self.config[key] for key in KEPT if key in self.config} | self.named
+        words = json.loads(self.raw).get("pre_tokenizer") or {}  # transformers 4 would put its own default in it
+        config |= {key: words[key] for key in ("add_prefix_space",) if key in words}
         config |= {"bos_token": self.bos_token, "eos_token": "<|eot_id|>" if template == "llama3" else self.end_token}
         if template in CHAT_TEMPLATES:
             config["chat_template"] = CHAT_TEMPLATES[template]
