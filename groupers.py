@@ -34,21 +34,28 @@ def important(scores: Tensor, loss_mask: Tensor, doc_ids: Tensor, eta: float) ->
     sample's k-th highest score and above -inf. Ties are all important, so the share can be far above 1 - eta.
 
     Args:
-        scores:    (T,) float, higher is more important.
+        scores:    (T,) floats or integers, compared in their own type; higher is more important, +inf the highest.
         loss_mask: (T,) bool, True on the tokens that are trained on.
-        doc_ids:   (T,) int64, the sample of each token, 0 ... N - 1, non-decreasing.
+        doc_ids:   (T,) integers, the sample of each token, 0 ... N - 1, in any order.
         eta:       percentile in [0, 1]; 0.9 puts the bottom 90 % into the unimportant group.
 
     Returns (T,) bool, False outside `loss_mask`.
+    Raises ValueError, also for a nan in `loss_mask`; on a GPU, where a look would wait, `labeller` marks that one.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}, expected a percentile in [0, 1]; 0.9 makes the top 10 % important")
     if not scores.shape == loss_mask.shape == doc_ids.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (scores, loss_mask, doc_ids))
         raise ValueError(f"scores, loss_mask, doc_ids are {shapes}: expected one shape")
-    doc, score = doc_ids[loss_mask], scores[loss_mask].float()  # (supervised,)
+    if loss_mask.dtype != torch.bool or doc_ids.is_floating_point():
+        raise ValueError(f"loss_mask, doc_ids are {loss_mask.dtype}, {doc_ids.dtype}: expected bool and integers")
+    scores = scores if scores.is_floating_point() else scores.long()
+    doc, score = doc_ids.long()[loss_mask], scores[loss_mask]  # (supervised,)
     if not len(doc):
         return torch.zeros_like(loss_mask)
+    if not score.is_cuda and (score.isnan().any() or doc.min() < 0):
+        found = f"{int(score.isnan().sum())} scores of nan, the lowest of doc_ids is {int(doc.min())}"
+        raise ValueError(f"{found}: expected none, and 0 or above")
     ranked = score.argsort(descending=True)
     ranked = ranked[doc[ranked].argsort(stable=True)]  # (supervised,) by sample, then by falling score
     n = doc.bincount()  # (N,) supervised tokens of each sample
@@ -127,9 +134,7 @@ def labeller(grouper: Callable | None, etas: tuple[float, ...]) -> Callable[[Ten
         scores = grouper(nll, batch.prior) if getattr(grouper, "in_step", False) else batch.prior
         if not scores.is_floating_point():
             return scores
-        if (
-            not scores.is_cuda and scores[batch.loss_mask].isnan().any()
-        ):  # a GPU would have to wait: the step refuses -1
+        if not scores.is_cuda and scores[batch.loss_mask].isnan().any():  # a GPU would wait: the step refuses -1
             raise ValueError(f"{grouper}: a score of nan")
         return cut(scores, batch.loss_mask, batch.doc_ids, etas).masked_fill(scores.isnan(), -1)
 

@@ -3,7 +3,7 @@
     python bench/groupers.py                    tfidf and llmlingua2, a few minutes on two cores
     python bench/groupers.py --one tfidf        Alpaca's token ids, against scikit-learn's TfidfVectorizer on the same
     python bench/groupers.py --one llmlingua2   mBERT's shape, random weights, against the llmlingua package with them
-    python bench/groupers.py --one xlmr         XLM-R large's shape, random weights, bf16: pieces per second on a GPU
+    python bench/groupers.py --one xlmr         XLM-R large's shape, random weights, fp32: pieces per second on a GPU
 
 TF-IDF is timed from token ids to a score for each token, LLMLingua-2 from texts to a probability for each character.
 The llmlingua package has no call that ends there: its time includes dropping words and writing the rest, as it is used.
@@ -140,7 +140,7 @@ def xlmr(pieces: int) -> None:
     read = sum(b - a for a, b in windows)
     classifier.probabilities(ids, windows)  # warms up
     _, wall = timed(lambda: classifier.probabilities(ids, windows), 3)
-    print(f"xlmr        LIMA's answers, {read:,} pieces on {device}, {classifier.dtype}: {read / wall:,.0f} pieces/s")
+    print(f"xlmr        LIMA's answers, {read:,} pieces on {device}, float32: {read / wall:,.0f} pieces/s")
 
 
 def main() -> None:

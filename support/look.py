@@ -26,17 +26,17 @@ import torch
 import data
 import groupers
 from data import END, Corpus
-from model import Llama, LlamaConfig
+from model import LlamaConfig
 from published.config import read_config
 from published.hub import data_file, resolve
 from published.tokenizer import Tokenizer
-from published.weights import DTYPES, weight_files
+from published.weights import weight_files
 from support.llmlingua2 import LLMLINGUA2, Classifier, keep_scores, need_transformers
 from support.named import named
 from support.ranks import command
 from support.recipes import RECIPES
 from support.report import groups_of_corpus, listed
-from support.scores import check_reference, corpus_nll, how_many, without_model
+from support.scores import check_reference, how_many, reference_nll, without_model
 
 NAMES = tuple(name for name in groupers.GROUPERS if name != "none")
 COLOURS = (43, 46, 42, 45, 41, 44)  # the terminal's, of the groups from 1 on, in turn
@@ -96,10 +96,10 @@ def views(args: argparse.Namespace, corpus: Corpus, samples: np.ndarray, tokeniz
 
 
 def losses(folder: str, corpus: Corpus, args: argparse.Namespace) -> np.ndarray:
-    folder, dtype = resolve(folder), DTYPES[args.dtype]
+    folder = resolve(folder)
     if not weight_files(folder):
         raise ValueError(f"{folder}: no weights in the folder, so no losses to look at")
-    return corpus_nll(Llama.from_pretrained(folder, dtype, dtype, device()), corpus, 2 * args.context)
+    return reference_nll(folder, args.dtype, device(), corpus, 2 * args.context)
 
 
 def device() -> str:

@@ -22,7 +22,7 @@ from published.config import read_config
 from published.hub import resolve
 from published.tokenizer import Tokenizer, require_trained_headers
 from published.weights import DTYPES, weight_files
-from support.llmlingua2 import Classifier, keep_scores, need_transformers
+from support.llmlingua2 import READS, Classifier, keep_scores, need_transformers
 from support.named import Named
 from support.ranks import Ranks
 from support.report import share
@@ -31,7 +31,7 @@ MOST_GROUPS = 256  # more than anyone reads in a log; who counts further has pro
 
 
 def without_model(grouper: Named, corpus: Corpus, seed: int) -> np.ndarray | None:
-    """The prior of a grouper that takes no model, (tokens,) float32 or int64; None for one that does.
+    """The prior of a grouper that takes no model, (tokens,) float32, float64 or int64; None for one that does.
 
     Raises:
         ValueError: what it returned is neither a score nor a group for each token.
@@ -54,7 +54,8 @@ def without_model(grouper: Named, corpus: Corpus, seed: int) -> np.ndarray | Non
         grouper.expect(
             prior, not np.isnan(prior[mask]).any(), f"no nan, as it has for token {first(prior != prior, mask)}"
         )
-        return prior.astype(np.float32)
+        wide = make is grouper and prior.dtype.itemsize > 4  # scores that differ stay different
+        return prior.astype(np.float64 if wide else np.float32)
     if make is grouper:
         bad = (prior < 0) | (prior >= MOST_GROUPS)
         at = first(bad, mask)
@@ -81,32 +82,34 @@ def with_model(cfg, grouper: Named, corpus: Corpus, cache: Path, ranks: Ranks) -
         def scorer(folder: Path) -> Callable[[Corpus], np.ndarray]:
             return partial(keep_scores, classifier=Classifier(folder, ranks.device))
 
+        # The libraries that make the pieces and the network. Float32 without TF32 agrees to 1e-5 on every device and
+        # under every torch, so neither counts.
         made_by = ["keep probability", version("transformers"), version("tokenizers")]
-        scores = shared(cfg.llmlingua_model, scorer, made_by, corpus, cache, ranks)
+        scores = shared(cfg.llmlingua_model, scorer, READS, made_by, corpus, cache, ranks)
         print(f"groups  {share(cfg, grouper, corpus, scores).split(': ')[1]}")
         return scores
-    dtype = DTYPES[cfg.dtype]
 
     def scorer(folder: Path) -> Callable[[Corpus], np.ndarray]:
-        return partial(
-            corpus_nll, Llama.from_pretrained(folder, dtype, dtype, ranks.device), max_tokens=cfg.micro_batch_tokens
-        )
+        return partial(reference_nll, folder, cfg.dtype, ranks.device, max_tokens=cfg.micro_batch_tokens)
 
-    return shared(cfg.reference, scorer, ["nats", cfg.dtype], corpus, cache, ranks)
+    # bfloat16 rounds to 1e-2 nats, and how it does is torch's and the device's.
+    made_by = ["nats", cfg.dtype, torch.__version__, ranks.device.type]
+    return shared(cfg.reference, scorer, ("config.json", "*.safetensors*"), made_by, corpus, cache, ranks)
 
 
-def shared(name: str, scorer: Callable, made_by: list[str], corpus: Corpus, cache: Path, ranks: Ranks) -> np.ndarray:
-    """scorer(folder of the model)(corpus), or what an earlier run kept of it."""
+def shared(
+    name: str, scorer: Callable, reads: tuple, made_by: list[str], corpus: Corpus, cache: Path, ranks: Ranks
+) -> np.ndarray:
+    """scorer(folder of the model)(corpus), or what an earlier run kept of it; `reads`: files that it depends on."""
     folder, values = resolve(name), np.zeros(len(corpus.ids), np.float32)
-    made_by = [*made_by, torch.__version__, ranks.device.type]
-    path = cache / ranks.first(lambda: f"{made_by[0].split()[0]}-{fingerprint(folder, corpus, made_by)}.npy")
+    path = cache / ranks.first(lambda: f"{made_by[0].split()[0]}-{fingerprint(folder, reads, corpus, made_by)}.npy")
 
     def score() -> None:
         samples = np.arange(ranks.rank, len(corpus), ranks.size)
         at = data.ragged(corpus.starts[samples], corpus.lengths[samples])
         values[at] = scorer(folder)(corpus.take(samples)) if len(samples) else 0.0
 
-    kept = read_array(path, values.shape) if ranks.rank == 0 else None  # the others need not see the file
+    kept = read_array(path, corpus) if ranks.rank == 0 else None  # the others need not see the file
     if is_kept := ranks.first(lambda: kept is not None):
         values = values if kept is None else kept
     else:
@@ -114,6 +117,19 @@ def shared(name: str, scorer: Callable, made_by: list[str], corpus: Corpus, cach
     values = ranks.sum(torch.from_numpy(values).to(ranks.device)).cpu().numpy()
     ranks.first(lambda: is_kept or write_array(path, values))
     return values
+
+
+def reference_nll(folder: Path, dtype: str, device, corpus: Corpus, max_tokens: int) -> np.ndarray:
+    """`corpus_nll` of a model folder.
+
+    Raises:
+        ValueError: a loss is not finite.
+    """
+    nats = corpus_nll(Llama.from_pretrained(folder, DTYPES[dtype], DTYPES[dtype], device), corpus, max_tokens)
+    if bad := int((~np.isfinite(nats)).sum()):
+        found = f"the losses of {bad:,} of {corpus.loss_mask.sum():,} tokens are nan or infinite"
+        raise ValueError(f"{folder}: {found}; are its weights damaged?")
+    return nats
 
 
 @torch.no_grad()
@@ -165,10 +181,10 @@ def check_reference(reference: str, model: str, tokenizer: Tokenizer, context: i
         raise ValueError(f"--context {context}: the reference {reference} has {room} positions")
 
 
-def fingerprint(folder: Path, corpus: Corpus, made_by: list[str]) -> str:
-    """SHA-256 of all that scores depend on: a model folder's files, a corpus, and how they are made; shortened."""
+def fingerprint(folder: Path, reads: tuple[str, ...], corpus: Corpus, made_by: list[str]) -> str:
+    """SHA-256 of all that scores depend on: files of a model folder, a corpus, and how they are made; shortened."""
     sha = hashlib.sha256(f"{made_by} {corpus.text}".encode())
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    for path in sorted({path for pattern in reads for path in folder.glob(pattern) if path.is_file()}):
         with open(path, "rb") as f:
             sha.update(f"{path.name} {hashlib.file_digest(f, 'sha256').hexdigest()}".encode())
     for array in (corpus.ids, corpus.kind, corpus.starts, corpus.spans):
@@ -176,14 +192,19 @@ def fingerprint(folder: Path, corpus: Corpus, made_by: list[str]) -> str:
     return sha.hexdigest()[:24]
 
 
-def read_array(path: Path, shape: tuple) -> np.ndarray | None:
-    """What was kept there; None where there is nothing, or nothing of use."""
+def read_array(path: Path, corpus: Corpus) -> np.ndarray | None:
+    """The scores of a corpus kept there; None where there are none, or none of use."""
     try:
         found = np.load(path) if path.is_file() else None
+        if found is not None and (found.dtype != np.float32 or found.shape != corpus.ids.shape):
+            raise ValueError(f"{found.dtype} {found.shape}, expected float32 {corpus.ids.shape}")
+        lowest = -np.inf if path.name.startswith("keep") else np.finfo(np.float32).min  # -inf: not judged
+        if found is not None and not ((found >= lowest) & (found < np.inf)).all():
+            raise ValueError("nan or infinite scores")
     except (ValueError, EOFError, OSError) as e:
         print(f"{path}: damaged ({e}); made again")
         return None
-    return found if found is None or found.shape == shape else None
+    return found
 
 
 def write_array(path: Path, values: np.ndarray) -> None:

@@ -108,7 +108,7 @@ def fetch(endpoint: str, cwd: Path, *flags: str) -> subprocess.CompletedProcess:
     env |= {"HF_HUB_DISABLE_XET": "1", "NLTK_DATA": str(SHARED / "nltk_data")}
     env.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, "-m", "eval.download", *flags]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
 
 
 @needs_data

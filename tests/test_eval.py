@@ -125,7 +125,7 @@ class Rank:
 
     def together(self, work):
         self.sent[self.rank] = work()
-        self.barrier.wait(60)
+        self.barrier.wait(900)
         return [self.sent[rank] for rank in range(self.size)]
 
 
@@ -552,7 +552,7 @@ def run(
     if program[0] != "-m":
         del environment["PYTHONPATH"]
     command = [sys.executable, *launch, *program, *flags]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture

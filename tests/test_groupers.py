@@ -14,7 +14,7 @@ import groupers
 from data import END, PROMPT, RESPONSE, TEMPLATE, Corpus, load_corpus, micro_batches
 from groupers import cut, important, labeller
 from published.tokenizer import Tokenizer
-from support.named import named
+from support.named import Named, named
 from support.scores import without_model
 
 ONCE = ("random", "frequency", "tfidf")  # scores of the corpus alone
@@ -93,6 +93,85 @@ def test_important_handles_nothing_supervised_and_says_what_is_wrong():
         important(torch.rand(3), none, torch.zeros(3, dtype=torch.int64), 90)
     with pytest.raises(ValueError, match="expected one shape"):
         important(torch.rand(4), none, torch.zeros(3, dtype=torch.int64), 0.9)
+
+
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_integer_types_change_no_group(dtype):
+    generator = torch.Generator().manual_seed(0)
+    scores, doc_ids = torch.randint(0, 100, (500,), generator=generator), torch.arange(500) // 7
+    loss_mask = torch.rand(500, generator=generator) < 0.8
+    for eta in (0.0, 0.3, 0.9):
+        expected = plain_loop(scores.tolist(), loss_mask.tolist(), doc_ids.tolist(), eta)
+        for given in ((scores.float(), doc_ids.to(dtype)), (scores.to(dtype), doc_ids), (scores.bfloat16(), doc_ids)):
+            got = important(given[0], loss_mask, given[1], eta)
+            assert got.dtype == torch.bool and got.tolist() == expected
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "scores",
+    [torch.arange(10) + 2**24, torch.arange(10) + 2**60, torch.arange(10, dtype=torch.int32) - 2**31]
+    + [1 + torch.arange(10.0, dtype=torch.float64) * 2**-52, torch.arange(10.0, dtype=torch.float64) * 1e300],
+    ids=["above 2^24", "above 2^53", "lowest", "float64 near 1", "float64 above float32"],
+)
+def test_scores_that_differ_do_not_tie(scores):
+    everywhere, one = torch.ones(10, dtype=torch.bool), torch.zeros(10, dtype=torch.int64)
+    assert important(scores.flip(0), everywhere, one, 0.8).tolist() == [True] * 2 + [False] * 8
+    if scores.is_floating_point():  # also on their way from a function of a user's
+        corpus = corpus_of(([1] * 10, [RESPONSE] * 10))
+        prior = torch.from_numpy(without_model(a_grouper(scores.numpy()), corpus, 0))
+        assert cut(prior, everywhere, one, (0.8,)).sum() == 2
+
+
+def a_grouper(scores):
+    return Named("mine.py:f", lambda corpus, seed: scores, "--grouper", digest="of its file")
+
+
+@pytest.mark.fast
+def test_infinite_scores_are_the_highest_and_the_never_important():
+    inf, everywhere, one = torch.inf, torch.ones(6, dtype=torch.bool), torch.zeros(6, dtype=torch.int64)
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        scores = torch.tensor([inf, 1, -inf, inf, 2, 0], dtype=dtype)
+        assert important(scores, everywhere, one, 0.9).tolist() == [True, False, False, True, False, False], "a tie"
+        assert important(scores, everywhere, one, 0.5).tolist() == [True, False, False, True, True, False]
+        assert important(scores, everywhere, one, 0.0).tolist() == [True, True, False, True, True, True]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("bits", [0x7FC00000, 0xFFC00000, 0x7F800001, 0xFF800001], ids=hex)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_a_nan_is_refused_whatever_its_sign_and_place_unless_nothing_is_trained_there(bits, dtype):
+    mask, doc_ids = torch.arange(10) != 3, torch.arange(10) // 5
+    for place in (0, 3, 4, 5, 9):
+        scores = torch.arange(10.0)
+        scores[place] = torch.from_numpy(np.array([bits], np.uint32).view(np.float32))
+        scores = scores.to(dtype)
+        if place == 3:
+            assert important(scores, mask, doc_ids, 0.5).tolist() == [0, 0, 1, 0, 1, 0, 0, 1, 1, 1]
+        else:
+            with pytest.raises(ValueError, match="1 scores of nan"):
+                important(scores, mask, doc_ids, 0.5)
+
+
+@pytest.mark.fast
+def test_samples_come_in_any_order_and_masks_and_samples_in_no_other_type():
+    scores, mask = torch.rand(40, generator=torch.Generator().manual_seed(1)), torch.ones(40, dtype=torch.bool)
+    for doc_ids in (torch.arange(40) % 6, 5 - torch.arange(40) // 8, torch.arange(40).flip(0) % 3 * 2):
+        for eta in (0.2, 0.75):
+            assert important(scores, mask, doc_ids, eta).tolist() == plain_loop(
+                scores.tolist(), mask.tolist(), doc_ids.tolist(), eta
+            )
+    for other in (mask.int(), mask.to(torch.uint8), mask.float()):
+        with pytest.raises(ValueError, match="expected bool and integers"):
+            important(scores, other, doc_ids, 0.5)
+    with pytest.raises(ValueError, match="torch.float32: expected bool and integers"):
+        important(scores, mask, doc_ids.float(), 0.5)
+    with pytest.raises(ValueError, match="the lowest of doc_ids is -1"):
+        important(scores, mask, doc_ids - 1, 0.5)
 
 
 @pytest.mark.fast

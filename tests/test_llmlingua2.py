@@ -10,6 +10,8 @@ import types
 
 import numpy as np
 import pytest
+import safetensors.torch
+import tokenizers
 import torch
 from classifiers import MBERT, XLMR, classifier_folder
 from tiny import TEXTS, VOCAB, tiny_folder
@@ -19,6 +21,7 @@ from data import RESPONSE, load_corpus
 from groupers import cut
 from published.tokenizer import Tokenizer
 from support.llmlingua2 import Classifier, keep_scores, span_means
+from support import scores
 from support.ranks import Ranks
 from support.named import named
 from support.scores import with_model
@@ -109,7 +112,7 @@ def test_words_and_probabilities_are_the_packages(folders, kind):
     difference = max(abs(ours - its) for (_, ours), (_, its) in zip(own, (pair for pair in theirs if pair[0])))
     if kind == XLMR:  # the package wraps its windows in [CLS] and [SEP], which XLM-R reads as <unk>
         assert difference > 1e-2
-        classifier.tokenizer.cls_token = classifier.tokenizer.sep_token = "<unk>"
+        classifier.cls = classifier.sep = classifier.unk
         imitated = our_words(classifier, PARITY)
         difference = max(abs(ours - its) for (_, ours), (_, its) in zip(imitated, (pair for pair in theirs if pair[0])))
     assert difference <= 1e-5
@@ -133,12 +136,158 @@ def test_pieces_are_scored_as_transformers_own_encoding_scores_them(classifier):
     texts = [*TEXTS, "Yes.", prose(60, seed=2)]
     ids, _, starts = classifier.pieces(texts)
     probabilities = classifier.probabilities(ids, classifier.windows(ids, starts))
+    tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(classifier.folder)
     for text, a, b in zip(texts, starts, starts[1:]):
-        encoded = classifier.tokenizer(text, return_tensors="pt")  # adds special tokens
+        encoded = tokenizer(text, return_tensors="pt")  # adds special tokens
         assert encoded.input_ids[0, 1:-1].tolist() == ids[a:b].tolist()
         with torch.no_grad():
             alone = classifier.model(**encoded).logits[0].softmax(-1)[1:-1, 1]
         np.testing.assert_allclose(probabilities[a:b], alone.numpy(), atol=1e-5)
+
+
+# The folder's own tokenizer, and its own special tokens.
+
+
+def changed(folder, path, name: str, change) -> str:
+    """A copy of a folder at `path` in which change(…) was made to the object of a JSON file."""
+    shutil.copytree(folder, path)
+    value = json.loads((path / name).read_text(encoding="utf-8"))
+    change(value)
+    (path / name).write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+LOWER = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": True}
+OWN = {  # what a tokenizer.json may hold, though the class that tokenizer_config.json names would do without
+    "as it is": lambda x: None,
+    "other letters": lambda x: x.update(normalizer={"type": "Replace", "pattern": {"String": "r"}, "content": "s"}),
+    "lower case, no accents": lambda x: x.update(normalizer=LOWER | {"lowercase": True}),
+    "no normalizer": lambda x: x.update(normalizer=None),
+    "no blank before a text": lambda x: x.update(
+        pre_tokenizer={"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": True}
+    ),
+    "split at each digit": lambda x: x.update(pre_tokenizer={"type": "Digits", "individual_digits": True}),
+    "no pre-tokenizer": lambda x: x.update(pre_tokenizer=None),
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("own", OWN)
+def test_pieces_are_those_of_the_folders_own_tokenizer_json(classifier, tmp_path, own):
+    folder = changed(classifier.folder, tmp_path / "own", "tokenizer.json", OWN[own])
+    plain, read = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), Classifier(folder)
+    texts = [*ODD.values(), *TEXTS, "CAFE\u0301 Ⅳ ½ 2024 ﬁne ｗｉｄｅ", ""]
+    ids, spans, starts = read.pieces(texts)
+    shift = np.cumsum([0, *map(len, texts)])
+    for text, at, a, b in zip(texts, shift, starts, starts[1:]):
+        encoded = plain.encode(text, add_special_tokens=False)
+        assert ids[a:b].tolist() == encoded.ids
+        assert all(spans[i, 0] - at == begin for i, (begin, _) in zip(range(a, b), encoded.offsets))
+
+
+@pytest.mark.fast
+def test_a_tokenizer_json_that_cuts_and_pads_cuts_and_pads_nothing(classifier, tmp_path):
+    own = tokenizers.Tokenizer.from_file(str(classifier.folder / "tokenizer.json"))
+    own.enable_truncation(8)
+    own.enable_padding(length=64)
+    folder = shutil.copytree(classifier.folder, tmp_path / "cuts")
+    own.save(str(folder / "tokenizer.json"))
+    texts = ["Yes.", prose(60, seed=1)]
+    assert all(map(np.array_equal, Classifier(folder).pieces(texts), classifier.pieces(texts)))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("way", ["as objects", "in special_tokens_map.json", "nowhere", "null", "not marked special"])
+def test_special_tokens_are_found_wherever_the_folder_names_them(classifier, tmp_path, way):
+    folder = tmp_path / "folder"
+
+    def rename(tokenizer):  # so that the usual names do not do
+        text = json.dumps(tokenizer)
+        for name, other in (("[CLS]", "[BEGIN]"), ("<s>", "<begin>")):
+            text = text.replace(json.dumps(name), json.dumps(other))
+        tokenizer.clear()
+        tokenizer.update(json.loads(text))
+        if way == "not marked special":
+            for token in tokenizer["added_tokens"]:
+                token["special"] = False
+
+    keep = way in ("nowhere", "null")
+    changed(classifier.folder, folder, "tokenizer.json", (lambda x: None) if keep else rename)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    names = {name: value for name, value in config.items() if name.endswith("_token")}
+    new = names | ({} if keep else {"cls_token": {"[CLS]": "[BEGIN]", "<s>": "<begin>"}[names["cls_token"]]})
+    if way == "as objects":
+        new = {name: {"content": value, "lstrip": False, "special": True} for name, value in new.items()}
+    new = {} if way == "nowhere" else dict.fromkeys(new) if way == "null" else new
+    aside = way == "in special_tokens_map.json"
+    (folder / "tokenizer_config.json").write_text(json.dumps({} if aside else new))
+    if aside:
+        (folder / "special_tokens_map.json").write_text(json.dumps(new))
+    read = Classifier(folder)
+    for role in ("cls", "sep", "pad", "unk"):
+        assert getattr(read, role) == getattr(classifier, role)
+    texts = ["Rain and rivers.", "a [SEP] </s> [BEGIN] <begin> b"]
+    assert not {read.cls, read.sep, read.pad} & set(read.pieces(texts)[0].tolist())
+    np.testing.assert_array_equal(read.keep(texts[:1]), classifier.keep(texts[:1]))
+
+
+@pytest.mark.fast
+def test_a_character_that_the_normalizer_joins_to_the_one_before_it_is_judged_as_that(folders):
+    classifier = Classifier(folders[XLMR])
+    for text in ("e\u0301t cafe\u0301.", "ｶﾞ 가", "a\u0323\u0301 b"):
+        keep = classifier.keep(["no", text])[2:]
+        assert not np.isnan(keep[[not c.isspace() for c in text]]).any()
+    assert keep[0] == keep[1] == keep[2]
+    assert np.isnan(classifier.keep(["ab", "\x01c"])[2]), "never of the text before"
+
+
+# Precision.
+
+SWITCHES = {  # what a caller may have set, by torch's older names and its newer ones
+    "none": lambda: None,
+    "older": lambda: torch.set_float32_matmul_precision("medium"),
+    "older, on CUDA": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "newer": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "newer, on a CPU": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+}
+
+
+def switches() -> list:
+    """All that torch says of them; it refuses to answer by the older names where only the newer ones were set."""
+    out = [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+    for ask in (torch.get_float32_matmul_precision, lambda: torch.backends.cuda.matmul.allow_tf32):
+        try:
+            out.append(ask())
+        except RuntimeError:
+            out.append("refused")
+    return out
+
+
+@pytest.fixture
+def restored():
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_the_classifier_computes_in_float32_and_leaves_torchs_switches_as_they_were(
+    folders, tmp_path, monkeypatch, restored, switch
+):
+    halves = changed(folders[MBERT], tmp_path / "halves", "config.json", lambda x: x.update(dtype="bfloat16"))
+    classifier, seen = Classifier(halves), []
+    assert {p.dtype for p in classifier.model.parameters()} == {torch.float32}
+    SWITCHES[switch]()
+    before, forward = switches(), classifier.model.forward
+    monkeypatch.setattr(classifier.model, "forward", lambda **given: seen.append(switches()) or forward(**given))
+    keep = classifier.keep(TEXTS)
+    assert seen and all(found == ["ieee", "ieee", "highest", False] for found in seen) and switches() == before
+    monkeypatch.setattr(classifier.model, "forward", lambda **given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        classifier.keep(TEXTS)
+    assert switches() == before
+    np.testing.assert_array_equal(keep, Classifier(folders[MBERT]).keep(TEXTS))
 
 
 # Windows.
@@ -149,7 +298,7 @@ def test_windows_end_at_a_full_stop_else_before_a_word_and_hold_every_piece_once
     texts = [prose(2000, seed=3), prose(1400, seed=4, stops=False), "x" * 1, "Short.", "", "a" * 3000 + " end."]
     ids, spans, starts = classifier.pieces(texts)
     windows, text = classifier.windows(ids, starts), "".join(texts)
-    pieces = classifier.tokenizer.convert_ids_to_tokens(ids)
+    pieces = [classifier.backend.id_to_token(i) for i in ids]
     begins = [piece.startswith("▁") or piece == "." for piece in pieces]
     if classifier.model.config.model_type == "bert":
         begins = [not piece.startswith("##") for piece in pieces]
@@ -184,10 +333,10 @@ def test_a_window_may_be_full(folders):
 def test_a_long_answer_is_scored_window_by_window(classifier):
     text = prose(2000, seed=5)
     ids, _, starts = classifier.pieces([text])
-    windows, tokenizer = classifier.windows(ids, starts), classifier.tokenizer
+    windows = classifier.windows(ids, starts)
     probabilities = classifier.probabilities(ids, windows)
     for a, b in windows:
-        alone = torch.tensor([[tokenizer.cls_token_id, *ids[a:b], tokenizer.sep_token_id]])
+        alone = torch.tensor([[classifier.cls, *ids[a:b], classifier.sep]])
         with torch.no_grad():
             keep = classifier.model(input_ids=alone).logits[0].softmax(-1)[1:-1, 1]
         np.testing.assert_allclose(probabilities[a:b], keep.numpy(), atol=1e-5)
@@ -228,11 +377,16 @@ def test_what_the_classifiers_normalizer_deletes_is_not_judged(folders):
 
 
 @pytest.mark.fast
-def test_an_answer_that_spells_a_special_token_is_text(folders):
-    classifier, text = Classifier(folders[MBERT]), "Use [SEP] or [PAD] and [UNK]."  # XLM-R also has "</s>" as text
-    classifier.tokenizer(text)  # which sets its own backend anew
-    assert not {0, 1, 2, 3, 4} & set(classifier.pieces([text])[0].tolist())
-    assert [word for word, _ in our_words(classifier, [text])][1:4] == ["[", "SEP", "]"]
+def test_an_answer_that_spells_a_special_token_is_text(folders, classifier):
+    """Also where the vocabulary of unigrams has "</s>" as a piece."""
+    for text in ("Use [SEP] or [PAD] and [UNK].", "Use </s> or <pad>, a</s>b <s><unk></s>"):
+        ids, spans, _ = classifier.pieces([text])
+        assert not {0, 1, 2, 3} & set(ids.tolist())
+        assert {*range(len(text))} == {c for a, b in spans for c in range(a, b)} | {
+            i for i, c in enumerate(text) if c == " "
+        }
+    words = [word for word, _ in our_words(Classifier(folders[MBERT]), ["Use [SEP] or [PAD] and [UNK]."])]
+    assert words[1:4] == ["[", "SEP", "]"]
 
 
 @pytest.mark.fast
@@ -263,7 +417,7 @@ def test_a_piece_out_of_vocabulary_keeps_its_own_probability_and_stays_out_of_it
     ids, spans, starts = classifier.pieces([text])
     windows = classifier.windows(ids, starts)
     own, word = classifier.probabilities(ids, windows), classifier.word_numbers(ids, windows)
-    unknown = np.flatnonzero(ids == classifier.tokenizer.unk_token_id)
+    unknown = np.flatnonzero(ids == classifier.unk)
     assert len(unknown) == 1 and text[slice(*spans[unknown[0]])] == "一"
     keep = classifier.keep([text])
     assert keep[5] == own[unknown[0]]
@@ -403,18 +557,71 @@ def test_scores_are_reused_for_another_eta_or_seed(folders, corpus_and_folder, s
 
 
 @pytest.mark.fast
-def test_scores_are_made_again_for_another_model_or_another_file_in_its_folder(folders, scored, tmp_path):
+def test_scores_are_made_again_where_a_file_that_they_depend_on_is_another(folders, scored, tmp_path):
     folder = shutil.copytree(folders[XLMR], tmp_path / "xlmr")
     scored(folders[MBERT])
     assert scored(folder)[1] and not scored(folder)[1]
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-6}))
     assert scored(folder)[1] and not scored(folder)[1]
-    (folder / "vocab.txt").write_text("a tokenizer may read it")
+    own = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(own | {"normalizer": {"type": "Lowercase"}}))
     assert scored(folder)[1] and not scored(folder)[1]
+    (folder / "special_tokens_map.json").write_text(json.dumps({"cls_token": "<s>"}))
+    assert scored(folder)[1] and not scored(folder)[1]
+    for name in ("vocab.txt", "README.md", "pytorch_model.bin", "training_args.json"):
+        (folder / name).write_text("read by nobody")
+    assert not scored(folder)[1]
+    assert not scored(shutil.copytree(folder, tmp_path / "elsewhere"))[1], "its content counts, not its place"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("library, remade", [("transformers", True), ("tokenizers", True), ("torch", False)])
+def test_scores_are_made_again_under_another_release_of_what_makes_pieces_and_network(
+    folders, scored, monkeypatch, library, remade
+):
+    scored(folders[MBERT])
+    known = scores.version
+    monkeypatch.setattr(scores, "version", lambda name: "0.0.1" if name == library else known(name))
+    monkeypatch.setattr(torch, "__version__", "0.0.1" if library == "torch" else torch.__version__)
+    assert scored(folders[MBERT])[1] == remade
+
+
+DAMAGE = {
+    "nan": lambda kept: np.where(np.arange(len(kept)) == 7, np.nan, kept).astype(np.float32),
+    "infinite": lambda kept: np.full_like(kept, np.inf),
+    "of another type": lambda kept: kept.astype(np.float64),
+    "of another shape": lambda kept: kept[:-1],
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_kept_scores_that_are_damaged_are_made_again(folders, scored, tmp_path, capsys, damage):
+    first, _ = scored(folders[MBERT])
+    (path,) = (tmp_path / "cache").iterdir()
+    assert np.isneginf(first).any(), "which is no damage: it was not judged"
+    np.save(path, DAMAGE[damage](first))
+    capsys.readouterr()
+    again, read = scored(folders[MBERT])
+    assert read and np.array_equal(again, first) and np.array_equal(np.load(path), first)
+    assert capsys.readouterr().out.startswith(f"{path}: damaged (")
+    assert not scored(folders[MBERT])[1]
 
 
 # Mistakes.
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_probabilities_that_are_not_finite_are_refused_and_nothing_is_kept(folders, scored, tmp_path, value):
+    folder = shutil.copytree(folders[MBERT], tmp_path / "damaged")
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors["classifier.weight"][:] = value
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"damaged: [\d,]+ of [\d,]+ keep probabilities are nan; are") as e:
+        scored(folder)
+    assert "\n" not in str(e.value) and not (tmp_path / "cache").exists()
 
 
 @pytest.mark.fast
@@ -458,3 +665,32 @@ def test_a_folder_that_is_no_such_classifier_is_refused(tmp_path, folders, corpu
     (tmp_path / "headless" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="cannot load a token classifier from here"):
         Classifier(tmp_path / "headless")
+    cut = shutil.copytree(folders[MBERT], tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((folders[MBERT] / "model.safetensors").read_bytes()[:-9])
+    other = changed(folders[MBERT], tmp_path / "other", "config.json", lambda x: x.update(hidden_size=64))
+    for folder in (cut, other):
+        with pytest.raises(ValueError, match=r"from here \(.*\); is the download complete, and all of one model\?$"):
+            Classifier(folder)
+
+
+@pytest.mark.fast
+def test_a_tokenizer_that_is_none_or_another_models_is_refused(tmp_path, classifier):
+    lone = shutil.copytree(classifier.folder, tmp_path / "lone")
+    (lone / "tokenizer.json").unlink()
+    (lone / "vocab.txt").write_text("[PAD]")
+    bad = shutil.copytree(classifier.folder, tmp_path / "bad")
+    (bad / "tokenizer.json").write_text('{"model": {}}')
+    other = shutil.copytree(classifier.folder, tmp_path / "other")
+    (other / "tokenizer.json").write_text((tiny_folder(tmp_path / "llama") / "tokenizer.json").read_text())
+    for folder, message in (
+        (lone, "lone: no tokenizer.json here; copy the one published with the classifier"),
+        (bad, "bad/tokenizer.json: not a tokenizers file"),
+        (other, r"other/tokenizer.json: no cls_token such as (\[CLS\]|<s>); is it the classifier's own\?"),
+    ):
+        with pytest.raises(ValueError, match=message) as e:
+            Classifier(folder)
+        assert "\n" not in str(e.value)
+    classifier = Classifier(classifier.folder)
+    classifier.model.config.vocab_size = 100
+    with pytest.raises(ValueError, match=r"tokenizer.json gives id \d+, but the network embeds 100 pieces"):
+        classifier.keep(TEXTS)

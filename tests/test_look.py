@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from classifiers import MBERT, classifier_folder
 from tiny import TEXTS, tiny_folder
@@ -300,3 +301,23 @@ def test_ranks_and_views_leave_the_global_random_state_alone(here, corpus):
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     look.views(arguments(here, "--grouper", "random,loss"), corpus, np.arange(3), Tokenizer(here / "model", 512))
     assert torch.equal(before[0], torch.get_rng_state()) and (np.random.get_state()[1] == before[1]).all()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("damaged", ["model", "phi"])
+def test_losses_that_are_not_finite_are_one_line_and_no_page(here, monkeypatch, capsys, damaged):
+    phi = tiny_folder(here / "phi")
+    Llama.from_pretrained(phi, seed=7).save_pretrained(phi)
+    tensors = safetensors.torch.load_file(here / damaged / "model.safetensors")
+    tensors["model.norm.weight"] *= 1e38  # finite, but not what it makes of the next one
+    tensors["model.embed_tokens.weight"] *= 1e4
+    safetensors.torch.save_file(tensors, here / damaged / "model.safetensors", {"format": "pt"})
+    more = ("--grouper", "loss,rho1", "--reference", phi, "--html", here / "page.html", "--context", 64)
+    monkeypatch.setattr(sys, "argv", ["look", *flags(here, *more)])
+    with pytest.raises(SystemExit) as e:
+        look.main()
+    assert re.fullmatch(
+        r"error: \S+: the losses of [\d,]+ of [\d,]+ tokens are nan or infinite; are its .*", str(e.value)
+    )
+    assert f"{here / damaged}: the" in str(e.value)
+    assert capsys.readouterr().out == "" and not (here / "page.html").exists()

@@ -111,19 +111,20 @@ def environment(**more) -> dict:
     return {**os.environ, **quiet, "PYTHONPATH": path, **more}
 
 
+MINUTES = 900  # in seconds: no machine is as slow as that
 PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def launch(ranks: int, *command, flags=(), **how) -> subprocess.Popen:
-    """A command under torchrun; on one rank, as plain python."""
+def launch(ranks: int, *command, flags=(), held: Path | str = "", **how) -> subprocess.Popen:
+    """A command under torchrun; on one rank, as plain python. `held`: the file by which HELD tells that it waits."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *flags] if ranks > 1 else []
     words = map(str, [sys.executable, *torchrun, *command])
-    return subprocess.Popen([*words], cwd=ROOT, env=environment(), **PIPES, **how)
+    return subprocess.Popen([*words], cwd=ROOT, env=environment(HELD=str(held)), **PIPES, **how)
 
 
 def ended(process: subprocess.Popen, code: int | None = 0) -> tuple[str, str]:
     """Its stdout and stderr; code None: any but 0."""
-    said, errors = process.communicate(timeout=240)
+    said, errors = process.communicate(timeout=MINUTES)
     assert process.returncode == code if code is not None else process.returncode, said + errors[-3000:]
     ours = [line for line in errors.splitlines() if f'File "{ROOT}' in line and "site-packages" not in line]
     assert not ours, errors[
@@ -137,10 +138,44 @@ def metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
 
 
-def wait_for(steps: int, out: Path, process: subprocess.Popen) -> None:
-    while not (out / "metrics.jsonl").is_file() or (out / "metrics.jsonl").read_bytes().count(b"\n") < steps:
-        assert process.poll() is None, process.communicate()[1][-3000:]
+def wait_for(there, process: subprocess.Popen) -> None:
+    """Until there() is true, which a process brings about."""
+    while True:
+        alive = process.poll() is None  # asked first: what it did before its end counts
+        if there():
+            return
+        assert alive, process.communicate()[1][-3000:]
         time.sleep(0.005)
+
+
+HELD = """
+import os, signal, sys, time
+from pathlib import Path
+import data
+file, real, calls = Path(os.environ["HELD"]), data.micro_batches, []
+last = int(os.environ.get("RANK", 0)) + 1 == int(os.environ.get("WORLD_SIZE", 1))
+def held(*given):
+    calls.append(1)
+    if last and len(calls) == 5 and not file.exists():
+        asked = []
+        before = signal.signal(signal.SIGTERM, lambda *signal: (asked.append(1), before(*signal)))
+        file.with_suffix(".part").write_text(str(os.getpid()))
+        file.with_suffix(".part").rename(file)
+        while not asked:  # or until it is killed or interrupted
+            time.sleep(0.01)
+        signal.signal(signal.SIGTERM, before)
+    return real(*given)
+data.micro_batches = held
+import train
+train.main()
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A program and a file: train.py whose last rank, once it has four steps behind it, writes its id and waits."""
+    (tmp_path / "held.py").write_text(HELD)
+    return tmp_path / "held.py", tmp_path / "held"
 
 
 def assert_same_run(a: Path, b: Path, tolerance: float) -> None:
@@ -207,8 +242,8 @@ def test_a_run_killed_anywhere_resumes_bit_for_bit(place, uninterrupted, tmp_pat
     command = ("train.py", *base, "--out", out, "--checkpoint-every", 3)
     for kill in range(3):
         process = launch(1, *command)
-        wait_for(5 * kill + 2, out, process)
-        time.sleep(rng.uniform(0, 0.15))  # somewhere in the next steps, perhaps in a save
+        wait_for(lambda: len(metrics(out)) >= 5 * kill + 2, process)
+        time.sleep(rng.uniform(0, 0.15))  # somewhere in the next steps, perhaps in a save, perhaps after the end
         process.kill()
         process.communicate()
     ended(launch(1, *command))
@@ -216,47 +251,50 @@ def test_a_run_killed_anywhere_resumes_bit_for_bit(place, uninterrupted, tmp_pat
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-000018", "step-000020"]
 
 
-def test_a_worker_killed_under_torchrun_is_restarted_and_resumes(place, uninterrupted, tmp_path):
+def test_a_worker_killed_under_torchrun_is_restarted_and_resumes(place, uninterrupted, held, tmp_path):
     _, base, _ = place
-    out = tmp_path / "out"
-    process = launch(2, "train.py", *base, "--out", out, "--checkpoint-every", 3, flags=["--max-restarts", 2])
-    wait_for(4, out, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    said, _ = process.communicate(timeout=240)
-    assert process.returncode == 0 and re.search(r"after step \d+\n", said)
+    out, (program, file) = tmp_path / "out", held
+    command = (program, *base, "--out", out, "--checkpoint-every", 3)
+    process = launch(2, *command, flags=["--max-restarts", 2], held=file)
+    wait_for(file.exists, process)
+    os.kill(int(file.read_text()), signal.SIGKILL)
+    said, errors = process.communicate(timeout=MINUTES)
+    assert process.returncode == 0 and "after step 3\n" in said, errors[-3000:]
     assert_same_run(out, uninterrupted, 1e-5)
 
 
-def test_sigterm_saves_and_any_number_of_ranks_resumes(place, uninterrupted, tmp_path):
+def test_sigterm_saves_and_any_number_of_ranks_resumes(place, uninterrupted, held, tmp_path):
     _, base, _ = place
-    out, reached = tmp_path / "out", 0
-    command = ("train.py", *base, "--out", out, "--checkpoint-every", 3)
-    for ranks in (2, 1):
-        process = launch(ranks, *command)
-        wait_for(reached + 4, out, process)
+    out, (program, file) = tmp_path / "out", held
+    command = (program, *base, "--out", out, "--checkpoint-every", 3)
+    for ranks, reached in ((2, 5), (1, 10)):
+        process = launch(ranks, *command, flags=["--shutdown-timeout", MINUTES], held=file)
+        wait_for(file.exists, process)
         process.send_signal(signal.SIGTERM)
         said, errors = ended(process, None)
-        assert "stopped by SIGTERM after step " in said and f"resume with --out {out}" in said, errors[-3000:]
-        assert f"after step {reached}\n" in said or not reached
-        reached = len(metrics(out))
-        assert reached < STEPS and (out / "checkpoints" / f"step-{reached:06d}").is_dir()
-    said, _ = ended(launch(2, *command))
-    assert f"2 ranks, after step {reached}\n" in said
+        assert f"stopped by SIGTERM after step {reached} of" in said and f"resume with --out {out}" in said, errors[
+            -3000:
+        ]
+        assert "after step 5\n" in said or ranks == 2
+        assert len(metrics(out)) == reached and (out / "checkpoints" / f"step-{reached:06d}").is_dir()
+        file.unlink()
+    file.touch()  # so that none waits
+    said, _ = ended(launch(2, *command, held=file))
+    assert "2 ranks, after step 10\n" in said
     assert_same_run(out, uninterrupted, 1e-5)
-    assert "already finished; nothing to do" in ended(launch(1, *command))[0]
+    assert "already finished; nothing to do" in ended(launch(1, *command, held=file))[0]
 
 
-def test_ctrl_c_leaves_nothing_unfinished(place, tmp_path):
+def test_ctrl_c_leaves_nothing_unfinished(place, held, tmp_path):
     _, base, _ = place
-    out = tmp_path / "out"
-    command = ("train.py", *base, "--out", out, "--checkpoint-every", 3)
-    process = launch(2, *command, start_new_session=True)
-    wait_for(4, out, process)
+    out, (program, file) = tmp_path / "out", held
+    command = (program, *base, "--out", out, "--checkpoint-every", 3)
+    process = launch(2, *command, held=file, start_new_session=True)
+    wait_for(file.exists, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    process.communicate(timeout=240)
+    process.communicate(timeout=MINUTES)
     assert process.returncode != 0 and not (out / "model").exists()
-    ended(launch(1, *command))
+    ended(launch(1, *command, held=file))
     assert not list((out / "checkpoints").glob("*.part")) and len(metrics(out)) == STEPS
 
 
@@ -279,13 +317,33 @@ def test_scores_of_a_model_are_shared_out_and_one_file_keeps_them(place, uninter
     assert not (tmp_path / "again" / "cache").exists(), "--cache had them"
 
 
-SLOW = """
-import time, datetime
+LIMIT = """
+from datetime import timedelta
+import torch.distributed as dist
 from support import ranks
+def limit(seconds, patient=None):  # from now on, how long this rank waits: an earlier limit would measure the machine
+    ranks.STEP = timedelta(seconds=seconds)
+    for group in dist.distributed_c10d._world.pg_map:
+        if group is not patient:
+            dist.distributed_c10d._set_pg_timeout(ranks.STEP, group)
+"""
+
+SLOW = """
+import os, time
+from pathlib import Path
 from published import weights
-ranks.STEP = datetime.timedelta(seconds=10)
-save = weights.save
-weights.save = lambda *a, **k: (time.sleep(12), save(*a, **k))
+waits, save, first = Path(os.environ["HELD"]), weights.save, ranks.Ranks.first
+def slow(*given, **more):  # on rank 0 alone
+    while not waits.exists():
+        time.sleep(0.01)
+    time.sleep(3)
+    save(*given, **more)
+def waiting(self, work):
+    if self.rank and work.__name__ == "write":
+        limit(1, self.patient)
+        waits.touch()
+    return first(self, work)
+weights.save, ranks.Ranks.first = slow, waiting
 import train
 train.main()
 """
@@ -293,8 +351,10 @@ train.main()
 
 def test_the_others_wait_longer_than_a_step_may_take_while_rank_0_writes_the_model(place, uninterrupted, tmp_path):
     _, base, _ = place
-    (tmp_path / "program.py").write_text(SLOW)
-    ended(launch(2, tmp_path / "program.py", *base, "--shard", "ddp", "--out", tmp_path / "out"))
+    (tmp_path / "program.py").write_text(LIMIT + SLOW)
+    flags, waits = [*base, "--shard", "ddp", "--out", tmp_path / "out"], tmp_path / "waits"
+    ended(launch(2, tmp_path / "program.py", *flags, held=waits))
+    assert waits.exists()
     assert_same_run(tmp_path / "out", uninterrupted, 1e-5)
 
 
@@ -328,18 +388,23 @@ def test_a_fault_of_one_rank_between_two_steps_ends_all(place, tmp_path):
 
 
 STUCK = """
-import datetime, os, signal, time
-from support import ranks
-ranks.STEP = datetime.timedelta(seconds=10)
+import os, signal, time
+from pathlib import Path
 import data
-real, calls = data.micro_batches, []
-def stuck(*given):
+stuck, real, calls = Path(os.environ["HELD"]), data.micro_batches, []
+def one_is_stuck(*given):
     calls.append(1)
-    if os.environ["RANK"] == "1" and len(calls) == 4:
+    if len(calls) == 4 and os.environ["RANK"] == "1":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # or torchrun would wait for this rank to save a checkpoint
-        time.sleep(600)
+        stuck.touch()
+        while True:
+            time.sleep(1)
+    if len(calls) == 4:
+        while not stuck.exists():
+            time.sleep(0.01)
+        limit(2)
     return real(*given)
-data.micro_batches = stuck
+data.micro_batches = one_is_stuck
 import train
 train.main()
 """
@@ -348,9 +413,9 @@ train.main()
 @pytest.mark.parametrize("shard", ["ddp", "fsdp"])
 def test_a_stuck_rank_ends_the_run_with_one_line(place, tmp_path, shard):
     _, base, _ = place
-    (tmp_path / "program.py").write_text(STUCK)
+    (tmp_path / "program.py").write_text(LIMIT + STUCK)
     flags = [*base, "--shard", shard, "--out", tmp_path / "out", "--checkpoint-every", 0]
-    _, errors = ended(launch(2, tmp_path / "program.py", *flags), None)
+    _, errors = ended(launch(2, tmp_path / "program.py", *flags, held=tmp_path / "stuck"), None)
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: rank 0: lost touch with the other ranks; one is stuck or gone (")
     if shard == "ddp":  # they meet at our own sum; fsdp's gathers come before it
@@ -363,6 +428,7 @@ def test_a_stuck_rank_ends_the_run_with_one_line(place, tmp_path, shard):
 
 def agents(program: list, port: int, *flags, **how) -> list[subprocess.Popen]:
     torchrun = f"-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-id {port}"
+    torchrun += " --rdzv-conf keep_alive_max_attempt=200"  # of 5 seconds each: an agent that is slow is not gone
     command = [sys.executable, *torchrun.split(), "--rdzv-endpoint", f"localhost:{port}", *flags, *program]
     return [subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment(**how), **PIPES) for _ in range(2)]
 
@@ -388,7 +454,7 @@ def test_a_fault_on_one_node_is_told_on_the_other_and_a_restart_of_both_goes_wel
         port = s.getsockname()[1]
     (tmp_path / "faults").write_text("1")
     both = agents(program, port, "--max-restarts", 2, FAULTS=str(tmp_path / "faults"))
-    said = [process.communicate(timeout=240) for process in both]
+    said = [process.communicate(timeout=MINUTES) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     errors = "".join(errors for _, errors in said)
     said = "--grouper \\S+:faulty: ValueError: an early fault"
