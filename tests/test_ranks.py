@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -164,10 +163,7 @@ def place(tmp_path_factory):
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"], (
         "both kinds of head are in the cases"
     )
-    phi = here / "phi"
-    Llama.from_pretrained(folder, seed=9).save_pretrained(phi)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(folder / name, phi / name)
+    phi = tiny_folder(here / "phi", seed=9)
     rows, long = here / "rows.jsonl", here / "long.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     long.write_text("".join(json.dumps({**row, "completion": 9 * row["completion"]}) + "\n" for row in ROWS))
