@@ -30,7 +30,7 @@ def model_folder(folder: Path) -> Path:
     models = [*folder.glob("model/config.json"), *folder.glob("snapshots/*/config.json")]
     models += [path / "model/config.json" for path in around[1:2] if around[0].name == "checkpoints"]
     if models := [str(path.parent) for path in models if path.is_file()]:
-        raise ValueError(f"{folder}: not the folder of a model, but around or beside it; give {' or '.join(models)}")
+        raise ValueError(f"{folder}: not a model's folder; the model is {' or '.join(models)}")
     if config.is_file() or around[0].name == "checkpoints":
         raise ValueError(f"{folder}: the folder of a run without a model: it has not ended; its command resumes it")
     return folder

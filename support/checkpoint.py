@@ -283,8 +283,11 @@ def tidy(out: Path, step: int, damaged: list[Path]) -> None:
 
 
 def reason(e: BaseException) -> str:
-    """The first line of a fault, of whichever rank had it."""
-    return first_line(next(iter(getattr(e, "failures", {}).values()), e))
+    """The first line of a fault, of whichever rank had it; Ctrl-C, which torch wraps as one, goes on as itself."""
+    cause = next(iter(getattr(e, "failures", {}).values()), (e,))[0]
+    if isinstance(cause, KeyboardInterrupt):
+        raise cause from None
+    return first_line(cause)
 
 
 # The end.

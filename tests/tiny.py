@@ -5,7 +5,10 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
-from model import Llama
+import torch
+
+from model import Llama, LlamaConfig
+from published.config import read_config
 
 VOCAB = 512
 TEXTS = [
@@ -53,5 +56,7 @@ def tiny_folder(path: str | Path, seed: int | None = 0, **config_changes) -> Pat
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": end}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     if seed is not None:
-        Llama.from_pretrained(path, seed=seed).save_pretrained(path)
+        with torch.device("meta"):
+            model = Llama(LlamaConfig(**read_config(path)))
+        model.fill(path, "cpu", seed).save_pretrained(path)
     return path
