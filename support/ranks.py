@@ -140,12 +140,20 @@ def command(program: Callable[[], object], cure: str, interrupted: str) -> None:
         interrupted: what to say on Ctrl-C, where the fault itself does not; the exit code is 130.
     """
     out, err = Steady(sys.stdout), Steady(sys.stderr)
+    before = signal.signal(signal.SIGINT, interrupt_once)
     with redirect_stdout(out), redirect_stderr(err):
         try:
             guarded(program, cure, interrupted)
         finally:
+            signal.signal(signal.SIGINT, before)
             out.flush()
             err.flush()
+
+
+def interrupt_once(*_) -> None:
+    """Ctrl-C; torchrun sends a second one, which must not cut short what is said of the first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 class Steady:
@@ -182,7 +190,6 @@ def guarded(program: Callable[[], object], cure: str, interrupted: str) -> None:
         other = os.environ.get("LOCAL_RANK", "0") != "0" and hasattr(e, "everywhere")
         message = "" if other else f"error: {e}"
     except KeyboardInterrupt as e:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends a second
         other = os.environ.get("LOCAL_RANK", "0") != "0"
         message, code = "" if other else e.args and e.args[0] or interrupted, 130
     except RuntimeError as e:

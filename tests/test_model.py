@@ -381,16 +381,25 @@ BROKEN = {
     "pickle": (_pickle_only, "pytorch_model.bin, a pickle"),
     "gguf": (lambda f: (f / "model.safetensors").rename(f / "q4.gguf"), "only as q4.gguf, llama.cpp's; convert them"),
     "only an index of pickles": (_pickle_index_only, "only as pytorch_model.bin.index.json, a pickle"),
-    "pickle in the index": (_index("pytorch_model-00001-of-00002.bin"), r"index\.json: names pytorch\S+, a pickle, which"),
+    "pickle in the index": (
+        _index("pytorch_model-00001-of-00002.bin"),
+        r"index\.json: names pytorch\S+, a pickle, which",
+    ),
     "tensor astray": (_index_astray, r"names model.norm.weight in a\.safetensors, which does not hold it"),
     "pointer": (_holds(b"version https://git-lfs.github.com/spec/v1\noid"), "a Git LFS pointer .* git lfs pull"),
     "web page": (_holds(b"<!DOCTYPE html><title>Sign in"), "a web page in its place"),
     "renamed pickle": (_holds(b"PK\x03\x04archive/data.pkl"), "PyTorch's pickle in its place"),
     "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), r"a LoRA adapter \(adapter_config\.json\)"),
-    "quantized": (_tensors(lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.int8)})), "type I8"),
+    "quantized": (
+        _tensors(lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.int8)})),
+        "type I8",
+    ),
     "nan": (_tensors(lambda t: t["model.norm.weight"].fill_(torch.nan)), r"safetensors: model\.norm\.weight holds nan"),
     "dangling link": (_dangling, r"model\.safetensors but neither .* \(it left model\.safetensors\)"),
-    "broken download": (_left(".cache/huggingface/download/x.0f.incomplete"), r"no weights .* left \S+x\.0f\.incomplete\)"),
+    "broken download": (
+        _left(".cache/huggingface/download/x.0f.incomplete"),
+        r"no weights .* left \S+x\.0f\.incomplete\)",
+    ),
     "broken wget": (_left("model.safetensors.part"), r"no weights .* \(it left model\.safetensors\.part\)"),
     "config alone": (_left("README.md"), r"no weights in the folder, only a configuration; .* --fresh"),
     "infinity": (_config(time_step_limit=[0.0, float("inf")]), r"config\.json: time_step_limit cannot be written"),
@@ -441,7 +450,9 @@ def test_of_one_file_and_an_index_the_file_is_read_as_transformers_does(tmp_path
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()[name]
     assert torch.equal(ours, theirs) and torch.equal(ours, new.model.embed_tokens.weight)
     next(folder.glob("model-*.safetensors")).unlink()
-    with pytest.raises(ValueError, match=r"index\.json: names .* not in this folder.*; model\.safetensors is beside it"):
+    with pytest.raises(
+        ValueError, match=r"index\.json: names .* not in this folder.*; model\.safetensors is beside it"
+    ):
         Llama.from_pretrained(folder)
 
 
@@ -452,7 +463,11 @@ def test_a_run_folder_a_checkpoint_and_a_hub_cache_name_the_model_that_is_meant(
         tiny.save_pretrained(folder)
     (run / "config.json").write_text('{"config": {}, "versions": {}}')
     (run / "checkpoints" / "step-000002").mkdir(parents=True)
-    for given, meant in ((run, "run/model"), (run / "checkpoints" / "step-000002", "run/model"), (cache, "snapshots/0f")):
+    for given, meant in (
+        (run, "run/model"),
+        (run / "checkpoints" / "step-000002", "run/model"),
+        (cache, "snapshots/0f"),
+    ):
         with pytest.raises(ValueError, match=rf"{given.name}: not a model's folder; the model is \S+/{meant}$"):
             Llama.from_pretrained(given)
     shutil.rmtree(run / "model")
@@ -474,7 +489,9 @@ def test_a_broken_download_in_the_hubs_cache_is_named(tmp_path):
 def test_a_weight_too_large_for_the_saved_type_is_named_and_nothing_written(tmp_path, tiny):
     with torch.no_grad():
         tiny.model.layers[1].mlp.up_proj.weight[3, 3] = 1e30
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is not finite in float16, though it is"):
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is not finite in float16, though it is"
+    ):
         tiny.save_pretrained(tmp_path / "half", torch.float16)
     assert not (tmp_path / "half").exists()
     tiny.save_pretrained(tmp_path / "wide", torch.bfloat16)

@@ -250,8 +250,9 @@ def test_ctrl_c_leaves_nothing_unfinished(place, tmp_path):
     process = launch(2, *command, start_new_session=True)
     wait_for(4, out, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    process.communicate(timeout=240)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode != 0 and not (out / "model").exists()
+    assert errors.count(f"interrupted; saved: {out / 'checkpoints' / 'step-'}") == 1, errors[-3000:]
     ended(launch(1, *command))
     assert not list((out / "checkpoints").glob("*.part")) and len(metrics(out)) == STEPS
 

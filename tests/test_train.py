@@ -889,7 +889,11 @@ MISTAKES = {
     "objective of no name": (f"--objective {mine('absent')}", "test_train.py has no function absent"),
     "grouper of no name": (f"--grouper {mine('ROWS')}", "test_train.py has no function ROWS"),
     "grouper of a shape": (f"--grouper {mine('misshapen')}", r"misshapen: returned float32 \(3,\), expected floats"),
-    "unknown flag": ("--etaa 0.9", "unrecognized arguments: --etaa"),
+    "unknown flag": ("--etaa 0.9", r"unrecognized arguments: --etaa 0\.9; did you mean --eta\?"),
+    "a flag with _": ("--batch_size=4", r"unrecognized arguments: --batch_size=4; did you mean --batch-size\?"),
+    "a flag's meaning": ("--learning-rate 1", r"unrecognized arguments: --learning-rate 1; did you mean --lr\?"),
+    "a flag like no other": ("--qqqqqq", r"unrecognized arguments: --qqqqqq; --help lists them all"),
+    "fresh with weights": ("--data absent.jsonl --fresh", "--fresh is for a config alone, but .* has weights"),
     "abbreviated flag": ("--obj sft_go", "unrecognized arguments: --obj"),
     "a flag that died": ("--overwrite", "unrecognized arguments: --overwrite"),
     "not a number": ("--epochs many", "invalid int value"),
@@ -1046,6 +1050,121 @@ def test_a_full_disk_while_saving_is_one_line_and_leaves_no_model(folder, rows, 
     pattern = r"^error: .*model\.safetensors\.part: cannot be written \(.*\); is the disk full\?$"
     assert re.search(pattern, done.stderr, re.MULTILINE), done.stderr
     assert (tmp_path / "out" / "metrics.jsonl").exists() and not (tmp_path / "out" / "model").exists()
+
+
+# What may not fail a run: all but the written model.
+
+
+@pytest.mark.parametrize("fresh", ["", "--fresh"])
+def test_a_config_without_weights_is_trained_only_with_the_flag(folder, rows, tmp_path, fresh):
+    (folder / "model.safetensors").unlink()
+    if fresh:
+        return run(folder, rows, "--fresh --max-steps 1 --checkpoint-every 0 --out", tmp_path / "out")
+    with pytest.raises(ValueError, match="no weights in the folder, only a configuration; .* --fresh"):
+        run(folder, "absent.jsonl", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("which", ["model", "reference"])
+def test_a_tensor_that_an_index_misplaces_is_found_before_the_data_are_read(folder, tmp_path, which):
+    phi = shutil.copytree(folder, tmp_path / "phi")
+    broken = folder if which == "model" else phi
+    names = dict.fromkeys(load_file(folder / "model.safetensors"), "b.safetensors") | {
+        "model.norm.weight": "a.safetensors"
+    }
+    (broken / "model.safetensors").rename(broken / "b.safetensors")
+    save_file({"x": torch.zeros(1)}, broken / "a.safetensors")
+    (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ValueError, match=r"index\.json: names model\.norm\.weight in a\.safetensors"):
+        run(folder, "absent.jsonl", "--grouper rho1 --reference", phi)
+
+
+@pytest.mark.parametrize("template", ["plain", "llama3"])
+def test_the_saved_configuration_has_the_ids_that_were_trained(folder, rows, tmp_path, template):
+    raw = json.loads((folder / "config.json").read_text()) | {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}
+    (folder / "config.json").write_text(json.dumps(raw))
+    names = json.loads((folder / "tokenizer_config.json").read_text())
+    pad = "<|finetune_right_pad_id|>" if template == "llama3" else names["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | {"pad_token": {"content": pad}}))
+    out = run(folder, rows, "--max-steps 1 --checkpoint-every 0 --template", template, "--out", tmp_path / "out")
+    tokenizer = Tokenizer(folder, 512)
+    config, generation = (json.loads((out / "model" / f"{n}config.json").read_text()) for n in ("", "generation_"))
+    assert config["bos_token_id"] == generation["bos_token_id"] == tokenizer.bos
+    assert generation["eos_token_id"] == tokenizer.stop_ids(template)
+    if template == "llama3":
+        assert config["eos_token_id"] == generation["eos_token_id"]
+        assert config["pad_token_id"] == generation["pad_token_id"] == tokenizer.id(pad)
+    else:
+        assert config["eos_token_id"] == tokenizer.end and config["pad_token_id"] is None
+        assert "pad_token_id" not in generation, "a pad token that ends a text would hide its end"
+
+
+def test_a_weight_too_large_for_the_saved_type_is_named_and_leaves_no_model(folder, rows, tmp_path):
+    nan_in(folder, name := "model.layers.0.mlp.up_proj.weight", 1e6)
+    flags = f"--max-steps 1 --lr 1e-9 --save-dtype float16 --out {tmp_path / 'out'}"
+    with pytest.raises(ValueError, match=f"{name} is not finite in float16, though it is in float32.*no model written"):
+        run(folder, rows, flags)
+    assert not (tmp_path / "out" / "model").exists() and not (tmp_path / "out" / "model.part").exists()
+
+
+@pytest.mark.usefixtures("picture")
+@pytest.mark.parametrize("name", ["a$_$b", "$\\frac{", "潮だまり"])
+def test_a_title_that_is_no_formula_and_not_in_the_font_is_drawn(folder, rows, tmp_path, capsys, name):
+    out = run(folder, rows, "--max-steps 2 --checkpoint-every 0 --out", tmp_path / name)
+    assert (out / "losses.png").stat().st_size > 5000 and "Glyph" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken", ["plot_losses", "generate"])
+@pytest.mark.parametrize(
+    "fault", [OSError("no room"), RuntimeError("a broken\nlibrary"), UnicodeError("odd"), KeyError(1)]
+)
+def test_a_picture_or_an_answer_that_fails_is_one_line(folder, rows, tmp_path, monkeypatch, capsys, broken, fault):
+    def fails(*args, **kwargs):
+        raise fault
+
+    monkeypatch.setattr(report, broken, fails)
+    out = run(folder, rows, "--max-steps 1 --checkpoint-every 0 --out", tmp_path / "out")
+    (said,) = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("no ") and "matplotlib" not in line
+    ]
+    assert re.match("no (losses.png|sample): (no room|a broken$|.*odd|1)", said) and (out / "model").is_dir()
+
+
+ENDS = {  # what a shell does with a run
+    "help in ascii": "PYTHONIOENCODING=ascii {} --help",
+    "latin-1, read by head": "PYTHONIOENCODING=latin-1 {} | (exec 0<&-; sleep 0.1); exit ${{PIPESTATUS[0]}}",
+    "ascii on a full disk": "PYTHONIOENCODING=ascii {} > /dev/full",
+    "closed": "{} >&- 2>&-",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_terminal_that_cannot_take_the_words_ends_no_run(folder, rows, tmp_path, end):
+    out = tmp_path / "out"
+    flags = f"--model {folder} --data {rows} {BASE} --max-steps 1 --checkpoint-every 0 --out {out}"
+    command = ENDS[end].format(f"{sys.executable} {ROOT / 'train.py'} {flags}")
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "rror" not in done.stderr, done.stderr
+    assert (out / "model").is_dir() or "--help" in command
+
+
+def test_without_groups_the_lines_show_cross_entropy_alone(folder, rows, tmp_path, capsys):
+    out = run(folder, rows, "--grouper none --max-steps 2 --checkpoint-every 0 --out", tmp_path / "out")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(lines) == 2 and all(
+        re.match(r"step \d/2 \| loss \S+ \| ce \S+ \| lr \S+ \| grad", line) for line in lines
+    )
+    assert {"important", "unimportant", "important_tokens", "unimportant_tokens", "worst"} <= metrics(out)[0].keys()
+    assert report.brief(metrics(out)[0], "none").split()[2] == "ce"
+    assert "important" in report.line(metrics(out)[0], "tfidf") and "important" in report.brief(metrics(out)[0], "loss")
+
+
+@pytest.mark.fast
+def test_the_two_commands_for_rho1_have_one_out_and_are_no_dry_run(shell):
+    given = "--grouper rho1 --out=runs/x --no-dry-run --seed 3 --objective important_only --dry-run --reference"
+    first, second = COMMAND.findall(shell(*given.split(), "")[1])
+    assert first == "--seed 3 --grouper none --objective cross_entropy --out runs/reference"
+    wanted = "--grouper rho1 --out=runs/x --seed 3 --objective important_only --reference runs/reference/model"
+    assert second == wanted
 
 
 # Rho-1.
