@@ -221,11 +221,11 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, compute_dtype=torch.float32, param_dtype=torch.float32, device="cpu", seed: int = 0
+        cls, name: str | Path, compute_dtype=torch.float32, param_dtype=torch.float32, device="cpu", seed=None
     ) -> "Llama":
         """A model from a folder in the published layout, or from a Hub name such as "meta-llama/Llama-3.2-3B".
 
-        A folder with a config and no weights gives fresh ones, drawn from `seed`. ValueError names what is wrong.
+        A config without weights is refused, or with a `seed` gives fresh ones. ValueError names what is wrong.
         """
         folder = resolve(name)
         with torch.device("meta"):
@@ -233,15 +233,15 @@ class Llama(nn.Module):
         return model.fill(folder, device, seed)
 
     @torch.no_grad()
-    def fill(self, folder: Path, device, seed: int = 0, part: weights.Part = lambda p: (p, slice(None))) -> "Llama":
-        """Give a model on `meta` its memory and its weights.
+    def fill(self, folder: Path, device, seed: int | None, part: weights.Part = lambda p: (p, slice(None))) -> "Llama":
+        """Give a model on `meta` its memory and its weights; fresh ones only with a `seed`.
 
         `part(p)` returns the tensor to fill for parameter p, and which rows of p it holds. Fresh weights do not depend
         on device or parts: norms are 1, matrices are normal.
         """
         self.to_empty(device=device)
         self.tie()
-        if files := weights.weight_files(folder):
+        if files := weights.fitting(self, folder, fresh=seed is not None):
             weights.load(self, files, part)
             return self
         generator = torch.Generator().manual_seed(seed)

@@ -36,6 +36,7 @@ import data
 import groupers
 from data import TEMPLATES, Batch, Corpus
 from model import Llama, LlamaConfig
+from published import weights
 from published.config import read_config
 from published.hub import data_file, resolve
 from published.tokenizer import Tokenizer
@@ -70,9 +71,8 @@ class Config:
     """Every setting of a run; one command-line flag each, generated from here."""
 
     recipe: str | None = opt(None, "named settings; other flags override them; list prints them", choices=NAMES)
-    model: str | None = opt(
-        None, "folder in the published layout, or a Hub name; a config alone starts from fresh weights"
-    )
+    model: str | None = opt(None, "folder in the published layout, or a Hub name")
+    fresh: bool = opt(False, "start from random weights, for a --model folder that has a config and no weights")
     data: str | None = opt(None, "training data: JSON or JSONL, each also .gz; or hf://datasets/ORGANISATION/NAME/FILE")
     template: str = opt("auto", "how a row becomes text; auto follows the data", choices=("auto", *TEMPLATES))
     context: int = opt(4096, "tokens a sample is cut to", ((lambda x: 2 <= x < 2**31), "at least 2"))
@@ -269,7 +269,7 @@ def build(cfg: Config, folder: Path, ranks: Ranks) -> Llama:
                 module.set_gradient_divide_factor(1.0)  # sum over ranks, not mean: prices use the whole step's tokens
                 module.set_force_sum_reduction_for_comms(True)
     model.recompute = cfg.checkpoint_activations
-    return model.fill(folder, ranks.device, cfg.seed, own_rows)
+    return model.fill(folder, ranks.device, cfg.seed if cfg.fresh else None, own_rows)
 
 
 def own_rows(p: torch.nn.Parameter) -> tuple[Tensor, slice]:
@@ -321,7 +321,8 @@ def update(model, optimizer, batches: list[Batch], cfg, method: Method, done: in
     norm = finish_gradients(model, cfg.clip, ranks)
     lr = lr_at(done, total_steps, cfg.lr, cfg.schedule, cfg.warmup_ratio)
     row = {"loss": float(loss), **report.group_means(unweighted, tokens), "lam": lam, "lr": lr, "grad_norm": norm}
-    if fault := report.fault(row, chosen, nats, tokens, supervised, constant, partial(price, objective, nats, tokens)):
+    prices = partial(price, objective, nats, tokens)
+    if fault := report.fault(row, chosen, nats, tokens, supervised, constant, prices, cfg.grouper):
         saved = f"Not updated, and no model written. Last checkpoint: {checkpoint.newest(cfg.out)}"
         raise everywhere(ValueError(f"step {done + 1}: {fault}. {saved}"))
     for param_group in optimizer.param_groups:
@@ -362,11 +363,11 @@ def loop(cfg: Config, method: Method, model, corpus: Corpus, prior, ranks: Ranks
             row |= report.speed(int((corpus.lengths[order[at]] - 1).sum()), time.perf_counter() - began, ranks.device)
             log.write(json.dumps(row) + "\n")
             log.flush()
-            bar.set_postfix_str(report.brief(row))
+            bar.set_postfix_str(report.brief(row, cfg.grouper))
             bar.update()
             last = done + 1 == total_steps
             if done == begun or last or (done + 1) % math.ceil(total_steps / 10) == 0:
-                bar.write(f"step {done + 1}/{total_steps} | {report.line(row)}", file=sys.stdout)
+                bar.write(f"step {done + 1}/{total_steps} | {report.line(row, cfg.grouper)}", file=sys.stdout)
             stop = asked_to_stop()
             if cfg.checkpoint_every and (stop or last or (done + 1) % cfg.checkpoint_every == 0):
                 checkpoint.save(Path(cfg.out), done + 1, model, optimizer, method[0], cfg.keep, ranks)
@@ -381,6 +382,10 @@ def loop(cfg: Config, method: Method, model, corpus: Corpus, prior, ranks: Ranks
 
 def prepare(cfg: Config, folder: Path) -> tuple[LlamaConfig, Tokenizer, Corpus]:
     llama = LlamaConfig(**read_config(folder))
+    with torch.device("meta"):
+        files = weights.fitting(Llama(llama), folder, cfg.fresh)
+    if files and cfg.fresh:
+        raise ValueError(f"--fresh is for a config alone, but {cfg.model} has weights; leave one of them out")
     tokenizer = Tokenizer(folder, llama.vocab_size)
     scores.check(cfg, folder, llama, tokenizer)
     return llama, tokenizer, data.load_corpus(data_file(cfg.data), tokenizer, cfg.template, cfg.context)
@@ -429,8 +434,7 @@ def train(cfg: Config, objective=None, grouper=None) -> Path | None:
 
 
 def main() -> None:
-    resume = "interrupted; the same command resumes from the last checkpoint, where there is an --out and one in it"
-    command(lambda: train(parse_args()), "lower --micro-batch-tokens or --context", resume)
+    command(lambda: train(parse_args()), "lower --micro-batch-tokens or --context", "interrupted; nothing is saved yet")
 
 
 if __name__ == "__main__":

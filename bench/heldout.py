@@ -19,7 +19,7 @@ from model import Llama, LlamaConfig
 from published.config import read_config
 from published.hub import resolve
 from published.tokenizer import Tokenizer
-from published.weights import DTYPES, weight_files
+from published.weights import DTYPES
 
 
 @torch.no_grad()
@@ -42,11 +42,10 @@ def heldout(folder: Path, file: str, template: str, context: int, dtype: str) ->
             bar.update(len(samples))
     tokens = int(corpus.loss_mask.sum())
     characters = tokenizer.decode(corpus.ids[corpus.kind == data.RESPONSE].tolist())
-    fresh = "" if weight_files(folder) else ", fresh weights: the folder has none"
     return (
         f"{nats / tokens:.4f} nats per token | {tokens:,} supervised tokens in {len(corpus):,} samples | "
         f"{nats / len(characters.encode()):.4f} nats per byte of their text | "
-        f"{file}, template {corpus.template}, context {context}, {dtype}{fresh}"
+        f"{file}, template {corpus.template}, context {context}, {dtype}"
     )
 
 

@@ -9,21 +9,47 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+IN_ITS_PLACE = {  # how a file begins that lies under another's name
+    b"version https://git-lfs": "only a Git LFS pointer to it is here; fetch it with: git lfs pull",
+    b"<": "a web page in its place; did the address need a login?",
+    b"PK": "PyTorch's pickle in its place, which can run code when opened; convert it to safetensors",
+    b"\x80": "a pickle in its place, which can run code when opened; convert it to safetensors",
+    b"GGUF": "a GGUF file in its place; get the safetensors of this model",
+}
+
+
+def found(path: Path, fault: Exception) -> str:
+    """Why a file could not be read, for a message: what it is instead, if that is known, else the fault."""
+    if isinstance(fault, OSError):
+        return str(fault)
+    with open(path, "rb") as f:
+        start = f.read(64)
+    return next((told for begins, told in IN_ITS_PLACE.items() if start.lstrip().startswith(begins)), str(fault))
+
+
+def as_json(value) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file."""
+    """The object in a JSON file; ValueError where it is none, or could not be written again (Python reads Infinity)."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: not readable as JSON ({e})") from e
+        raise ValueError(f"{path}: not readable as JSON ({found(path, e)})") from e
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}, expected an object")
+    for name, field in value.items():
+        try:
+            as_json({name: field})
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{path}: {name} cannot be written as JSON ({e}); change it or take it out") from e
     return value
 
 
 def write_json(path: Path, value: dict) -> None:
     part = Path(f"{path}.part")
-    part.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    part.write_bytes(as_json(value))
     part.replace(path)
 
 
@@ -45,7 +71,7 @@ def open_safetensors(path: Path):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path}: a damaged safetensors file ({e}); is the download complete?") from e
+        raise ValueError(f"{path}: a damaged safetensors file ({found(path, e)}); is the download complete?") from e
 
 
 def read_tensor(path: Path, name: str, rows: slice = slice(None)) -> Tensor:
@@ -57,9 +83,11 @@ def read_tensor(path: Path, name: str, rows: slice = slice(None)) -> Tensor:
             raise ValueError(f"{path}: cannot read {name} ({e})") from e
 
 
-def tensor_shape(path: Path, name: str) -> tuple[int, ...]:
+def tensor_shapes(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Tensor -> (shape, type) of a safetensors file; only its header is read."""
     with open_safetensors(path) as f:
-        return tuple(f.get_slice(name).get_shape())
+        parts = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118, no dict
+        return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -2,20 +2,37 @@
 
 from pathlib import Path
 
-from published.weights import weight_files
+from published.files import read_json
+from published.weights import unfinished, weight_files
 
 
 def resolve(name: str | Path) -> Path:
     """The local folder of a model: a path, or a Hub name, downloaded (config, tokenizer and safetensors only)."""
-    if Path(name).is_dir():
-        return Path(name)
+    if (folder := Path(name)).is_dir():
+        return model_folder(folder)
     if Path(name).is_file():
         raise ValueError(f"{name}: a file, expected a model folder (or a Hub name)")
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise ValueError(f"{name}: no such folder (a Hub name has the form organisation/model)")
     folder = download(str(name), ["*.json", "*.safetensors"], '--exclude "original/*"')
     if not weight_files(folder):
-        raise ValueError(f"{name}: the Hub has no safetensors of it; convert its weights, or choose another repository")
+        fix = f"convert its weights, or choose another repository{unfinished(folder)}"
+        raise ValueError(f"{name}: the Hub has no safetensors of it; {fix}")
+    return folder
+
+
+def model_folder(folder: Path) -> Path:
+    """The folder itself; ValueError, with the model's folder, where it is one around a model: a run, a Hub cache."""
+    config = folder / "config.json"
+    if config.is_file() and not {"config", "versions"} <= read_json(config).keys():  # as a run's has
+        return folder
+    around = folder.resolve().parents
+    models = [*folder.glob("model/config.json"), *folder.glob("snapshots/*/config.json")]
+    models += [path / "model/config.json" for path in around[1:2] if around[0].name == "checkpoints"]
+    if models := [str(path.parent) for path in models if path.is_file()]:
+        raise ValueError(f"{folder}: not a model's folder; the model is {' or '.join(models)}")
+    if config.is_file() or around[0].name == "checkpoints":
+        raise ValueError(f"{folder}: the folder of a run without a model: it has not ended; its command resumes it")
     return folder
 
 

@@ -160,6 +160,14 @@ class Tokenizer:
         """Every token that ends an answer under `template`."""
         return sorted({self.end, self.id("<|eot_id|>")} if template == "llama3" else {self.end})
 
+    def ids(self, template: str) -> dict:
+        """The ids for a model's config.json, as trained; a padding id only where there is one that ends nothing."""
+        pad, ends = self.config.get("pad_token"), self.stop_ids(template)
+        pad = pad.get("content") if isinstance(pad, dict) else pad
+        pad = self.backend.token_to_id(pad) if isinstance(pad, str) else None
+        eos = ends if len(ends) > 1 else ends[0]
+        return {"bos_token_id": self.bos, "eos_token_id": eos, "pad_token_id": None if pad in ends else pad}
+
     def save(self, folder: str | Path, template: str) -> None:
         """tokenizer.json unchanged, tokenizer_config.json with the chat template, generation_config.json.
 
@@ -175,7 +183,8 @@ class Tokenizer:
         if template in CHAT_TEMPLATES:
             config["chat_template"] = CHAT_TEMPLATES[template]
         write_json(folder / "tokenizer_config.json", config)
-        generation = {"bos_token_id": self.bos, "eos_token_id": self.stop_ids(template)}
+        generation = {name: ids for name, ids in self.ids(template).items() if ids is not None}
+        generation["eos_token_id"] = self.stop_ids(template)
         write_json(folder / "generation_config.json", generation)
 
 

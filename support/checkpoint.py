@@ -86,9 +86,12 @@ def run_folder(cfg, about: dict, ranks: Ranks) -> Iterator[Path]:
     """The folder of this run, new or where it stopped; no other process may write it meanwhile."""
     if ranks.size > 1 and not cfg.out:
         raise everywhere(ValueError("--out is missing: several processes need a folder that all of them see"))
-    locks = []
+    locks, out = [], None
     try:
-        yield Path(ranks.first(lambda: str(lock_run_folder(cfg, about, locks))))
+        out = Path(ranks.first(lambda: str(lock_run_folder(cfg, about, locks))))
+        yield out
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(out and f"interrupted; {saved(out)}") from None
     finally:
         for lock in locks:
             lock.close()
@@ -197,6 +200,16 @@ def newest(out: str | Path) -> str:
     return max((str(path) for path in (Path(out) / "checkpoints").glob("step-??????")), default="none")
 
 
+def saved(out: Path) -> str:
+    """What a run has kept so far and how to use it, for whoever interrupts it."""
+    if (out / "model").is_dir():
+        return f"the model is complete: {out / 'model'}"
+    last = newest(out)
+    if last == "none":
+        return f"no checkpoint in {out} yet; the same command starts anew"
+    return f"saved: {last}; resume with the same command and --out {out}"
+
+
 def crc32(path: Path) -> int:
     """Checksum of a file as it now stands on the disk."""
     crc = 0
@@ -270,8 +283,11 @@ def tidy(out: Path, step: int, damaged: list[Path]) -> None:
 
 
 def reason(e: BaseException) -> str:
-    """The first line of a fault, of whichever rank had it."""
-    return first_line(next(iter(getattr(e, "failures", {}).values()), e))
+    """The first line of a fault, of whichever rank had it; Ctrl-C, which torch wraps as one, goes on as itself."""
+    cause = next(iter(getattr(e, "failures", {}).values()), (e,))[0]
+    if isinstance(cause, KeyboardInterrupt):
+        raise cause from None
+    return first_line(cause)
 
 
 # The end.
@@ -283,13 +299,11 @@ def export(model: Llama, tokenizer: Tokenizer, template: str, dtype: torch.dtype
     A matrix at a time is gathered; rank 0 holds a file's worth.
 
     Raises:
-        ValueError: the last update left weights that are not finite.
+        ValueError: the last update left weights that are not finite in `dtype`.
     """
-    finite = [(p.to_local() if isinstance(p, DTensor) else p).isfinite().all() for p in model.parameters()]
-    if not all(ranks.together(lambda: bool(torch.stack(finite).all()))):
-        raise everywhere(
-            ValueError(f"{out}: the last update left weights that are not finite; no model written. Lower --lr")
-        )
+    if faults := [*filter(None, ranks.together(lambda: weights.not_finite(model, dtype)))]:
+        cure = "Lower --lr, or choose a wider --save-dtype"
+        raise everywhere(ValueError(f"{out}: after the last update {faults[0]}; no model written. {cure}"))
 
     def full(p: torch.Tensor) -> torch.Tensor:
         return p.full_tensor() if isinstance(p, DTensor) else p
@@ -300,7 +314,7 @@ def export(model: Llama, tokenizer: Tokenizer, template: str, dtype: torch.dtype
 
     part = out / "model.part"
     if ranks.rank == 0:
-        weights.save(model, part, dtype, full)
+        weights.save(model, part, dtype, full, changed=tokenizer.ids(template))
     else:
         for p in model.parameters():
             full(p.detach().to(dtype))

@@ -1,9 +1,24 @@
 """A frozen dataclass as a command line: one flag for each field."""
 
 import argparse
+import difflib
 from dataclasses import fields
 from functools import partial
 from typing import get_args
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose complaint of an unknown flag names the nearest that it knows."""
+
+    def error(self, message: str):
+        unknown = [word for word in message.split() if word.startswith("-")]
+        if message.startswith("unrecognized arguments") and unknown:
+            flag, known = unknown[0].partition("=")[0].replace("_", "-").lower(), self._option_string_actions
+            words = flag.strip("-").replace("-", " ")  # --learning-rate: those words in the help of --lr
+            near = [name for name, action in known.items() if len(words) > 3 and words in (action.help or "").lower()]
+            near = difflib.get_close_matches(flag, known, 1) or near
+            message += f"; did you mean {near[0]}?" if near else "; --help lists them all"
+        super().error(message)
 
 
 def given(cls: type, argv: list[str], about: str, sections: dict[str, str], metavars: dict) -> dict:
@@ -16,7 +31,7 @@ def given(cls: type, argv: list[str], about: str, sections: dict[str, str], meta
     """
     shape = partial(argparse.HelpFormatter, max_help_position=34, width=110)
     usage = "train.py [--flag VALUE …]"
-    parser = argparse.ArgumentParser("train.py", usage, about, allow_abbrev=False, formatter_class=shape)
+    parser = Parser("train.py", usage, about, allow_abbrev=False, formatter_class=shape)
     section, several = parser, [f.name for f in fields(cls) if isinstance(f.default, tuple)]
     for f in fields(cls):
         section = parser.add_argument_group(sections[f.name]) if f.name in sections else section

@@ -5,7 +5,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 
 import torch
@@ -137,16 +137,61 @@ def command(program: Callable[[], object], cure: str, interrupted: str) -> None:
 
     Args:
         cure:        what to do where memory is too small.
-        interrupted: what to say on Ctrl-C.
+        interrupted: what to say on Ctrl-C, where the fault itself does not; the exit code is 130.
     """
+    out, err = Steady(sys.stdout), Steady(sys.stderr)
+    before = signal.signal(signal.SIGINT, interrupt_once)
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            guarded(program, cure, interrupted)
+        finally:
+            signal.signal(signal.SIGINT, before)
+            out.flush()
+            err.flush()
+
+
+def interrupt_once(*_) -> None:
+    """Ctrl-C; torchrun sends a second one, which must not cut short what is said of the first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+class Steady:
+    """A terminal or pipe that no print fails on: a letter it lacks is spelled, and what nobody reads is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115, None where the shell closed it
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self.kept(lambda: self.stream.write(text)) or len(text)
+
+    def flush(self) -> None:
+        self.kept(self.stream.flush)
+
+    def kept(self, work: Callable):
+        try:
+            return work()
+        except OSError:  # `| head` has gone, or the disk under the log is full
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+
+
+def guarded(program: Callable[[], object], cure: str, interrupted: str) -> None:
+    code = 1
     try:
         program()
         return
     except (ValueError, OSError) as e:
         other = os.environ.get("LOCAL_RANK", "0") != "0" and hasattr(e, "everywhere")
         message = "" if other else f"error: {e}"
-    except KeyboardInterrupt:
-        message = interrupted
+    except KeyboardInterrupt as e:
+        other = os.environ.get("LOCAL_RANK", "0") != "0"
+        message, code = "" if other else e.args and e.args[0] or interrupted, 130
     except RuntimeError as e:
         rank = f"rank {os.environ['RANK']}: " if dist.is_initialized() else ""
         if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
@@ -155,7 +200,10 @@ def command(program: Callable[[], object], cure: str, interrupted: str) -> None:
             message = f"error: {rank}lost touch with the other ranks; one is stuck or gone ({first_line(e)})"
         else:
             raise
-    if not dist.is_initialized():
+    if code == 1 and not dist.is_initialized():
         sys.exit(message or 1)
     print(message, end="\n" if message else "", file=sys.stderr, flush=True)
-    os._exit(1)  # an orderly exit would wait for ranks that are gone
+    if not dist.is_initialized():
+        sys.exit(code)
+    sys.stdout.flush()
+    os._exit(code)  # an orderly exit would wait for ranks that are gone

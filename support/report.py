@@ -5,6 +5,7 @@ import math
 import resource
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from published.tokenizer import Tokenizer
 from published.weights import DTYPES, weight_files
 from support.generate import generate
 from support.named import UNKNOWN, Named
+from support.ranks import first_line
 
 # A step.
 
@@ -56,6 +58,7 @@ def fault(
     supervised: Tensor,
     constant: bool,
     prices: Callable[[], Tensor],
+    grouper: object = "",
 ) -> str:
     """What forbids the update, after a step's gradient is there; "" if nothing does.
 
@@ -64,6 +67,7 @@ def fault(
         nats, tokens: the step's sums, (K,) each, and how many tokens are `supervised`, ().
         constant:     the objective said that its price is.
         prices:       makes the step's prices, (K,).
+        grouper:      with "none" the message leaves out the groups.
     """
     if tokens.sum() != supervised:
         return f"the grouper gave labels outside 0 … {len(tokens) - 1}, or scores of nan"
@@ -74,10 +78,10 @@ def fault(
         return ""
     if math.isfinite(row["ce"]):
         if not nats.isfinite().all():
-            return f"{line(row)}: {objective} made it by weights that are below 0 or not finite"
+            return f"{line(row, grouper)}: {objective} made it by weights that are below 0 or not finite"
         if not math.isfinite(row["loss"]) or not prices()[tokens > 0].isfinite().all():
-            return f"{line(row)}: {objective} made it of finite losses"
-    return f"{line(row)}. Lower --lr or use --dtype float32"
+            return f"{line(row, grouper)}: {objective} made it of finite losses"
+    return f"{line(row, grouper)}. Lower --lr or use --dtype float32"
 
 
 def short(mean: float | None) -> str:
@@ -89,15 +93,18 @@ def listed(parts: list[str], between: str, most: int = 12) -> str:
     return between.join(parts[:most] + ["…"] * (len(parts) > most))
 
 
-def line(row: dict) -> str:
-    groups = listed([f"{name} {short(mean)} ({tokens:,})" for name, (mean, tokens) in groups_of(row).items()], " | ")
+def line(row: dict, grouper: object = "") -> str:
+    """A line of metrics.jsonl for the terminal; with `--grouper none` there are no groups in it."""
+    groups = [f"{name} {short(mean)} ({tokens:,})" for name, (mean, tokens) in groups_of(row).items()]
+    groups = "" if grouper == "none" else f" | {listed(groups, ' | ')}"
     speed = f" | {row['tokens_per_second'] / 1e3:.1f}k tok/s" if "tokens_per_second" in row else ""
     rates = f"lr {row['lr']:.1e} | grad {row['grad_norm']:.2f}"
-    return f"loss {row['loss']:.3f} | ce {row['ce']:.3f} | {groups} | {rates}{speed}"
+    return f"loss {row['loss']:.3f} | ce {row['ce']:.3f}{groups} | {rates}{speed}"
 
 
-def brief(row: dict) -> str:
-    means = [f"{name} {short(mean)}" for name, (mean, _) in groups_of(row).items()]
+def brief(row: dict, grouper: object = "") -> str:
+    means = {"ce": (row["ce"], 0)} if grouper == "none" else groups_of(row)
+    means = [f"{name} {short(mean)}" for name, (mean, _) in means.items()]
     return f"loss {row['loss']:.3f}, {listed(means, ', ')}"
 
 
@@ -239,16 +246,30 @@ def disk_free(out: str | None) -> int:
 
 def ending(out: Path, model: Llama, tokenizer: Tokenizer, corpus: Corpus) -> None:
     """The picture, what was written, and one greedy answer to the data's first prompt (of text: its first words)."""
-    plot_losses(out)
+    optional("losses.png", lambda: plot_losses(out))
     written = sorted(path.name for path in out.iterdir() if path.name not in ("cache", "lock"))
     print(f"wrote   {', '.join(written)} in {out}")
-    if any(hasattr(p, "full_tensor") for p in model.parameters()):
-        return  # sharded: it would take all ranks, in step, token by token
+    if not any(hasattr(p, "full_tensor") for p in model.parameters()):  # sharded: it would take all ranks, in step
+        optional("sample", lambda: print(sample(model, tokenizer, corpus)))
+
+
+def optional(what: str, make: Callable[[], None]) -> None:
+    """Do what may fail without harm: the model is written."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a title in letters that the font has not
+            make()
+    except Exception as e:  # a broken library raises anything
+        print(f"no {what}: {first_line(e)}")
+
+
+def sample(model: Llama, tokenizer: Tokenizer, corpus: Corpus) -> str:
+    """The first prompt and the model's greedy answer."""
     ids, kind = corpus.ids[: corpus.starts[1]], corpus.kind[: corpus.starts[1]]
     prompt = ids[:24] if corpus.template == "text" else ids[: int((kind == RESPONSE).argmax())]
     room = min(128, model.cfg.max_position_embeddings - len(prompt))
     answer = generate(model, [prompt.tolist()], room, stop_ids=tokenizer.stop_ids(corpus.template))[0]
-    print(f"sample  {tokenizer.decode(prompt.tolist()).strip()}\n      → {tokenizer.decode(answer).strip()}")
+    return f"sample  {tokenizer.decode(prompt.tolist()).strip()}\n      → {tokenizer.decode(answer).strip()}"
 
 
 def plot_losses(out: Path) -> None:
@@ -283,7 +304,8 @@ def plot_losses(out: Path) -> None:
             label=name,
             marker="." * (len(points) < 6),
         )
-    ax.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=out.name)
+    ax.set(xlabel="step", ylabel="cross-entropy (nats per token)")
+    ax.set_title(out.name, parse_math=False)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)
     fig.legend(loc="outside right upper", fontsize="small") if len(curves) > 7 else ax.legend()

@@ -18,10 +18,11 @@ from tqdm import tqdm
 import data
 from data import Corpus
 from model import Llama, LlamaConfig
+from published import weights
 from published.config import read_config
 from published.hub import resolve
 from published.tokenizer import Tokenizer, require_trained_headers
-from published.weights import DTYPES, weight_files
+from published.weights import DTYPES
 from support.llmlingua2 import READS, Classifier, keep_scores, need_transformers
 from support.named import Named
 from support.ranks import Ranks
@@ -160,11 +161,21 @@ def check(cfg, folder: Path, llama: LlamaConfig, tokenizer: Tokenizer) -> None:
 
 def how_to_reference(argv: list[str]) -> str:
     """What to run for Rho-1, given the flags of a run without a reference: first its reference φ, then θ."""
-    run = shlex.join(["train.py", *(flag for flag in argv if flag != "--dry-run")])
+    flags = []  # each with its values
+    for word in argv:
+        flags = [*flags[:-1], [*flags[-1], word]] if flags and not word.startswith("--") else [*flags, [word]]
+
+    def run(without: str) -> str:
+        kept = [
+            flag for flag in flags if flag[0].partition("=")[0] not in ("--dry-run", "--no-dry-run", *without.split())
+        ]
+        return shlex.join(["train.py", *(word for flag in kept for word in flag)])
+
+    plain = "--grouper none --objective cross_entropy"
     return (
         "--grouper rho1 needs --reference, a model trained on data of the same domain. Train one, then the run:\n"
-        f"  python {run} --grouper none --objective cross_entropy --out runs/reference\n"
-        f"  python {run} --reference runs/reference/model"
+        f"  python {run('--reference --out --grouper --objective')} {plain} --out runs/reference\n"
+        f"  python {run('--reference')} --reference runs/reference/model"
     )
 
 
@@ -172,8 +183,11 @@ def check_reference(reference: str, model: str, tokenizer: Tokenizer, context: i
     """Refuse a reference whose losses could not be compared with the model's, token by token."""
     folder = resolve(reference)
     config = read_config(folder)
-    if not weight_files(folder):
-        raise ValueError(f"--reference {reference}: no weights in the folder")
+    try:
+        with torch.device("meta"):
+            weights.fitting(Llama(LlamaConfig(**config)), folder)
+    except ValueError as e:
+        raise ValueError(f"--reference {e}") from e
     if Tokenizer(folder, config["vocab_size"]).backend.get_vocab() != tokenizer.backend.get_vocab():
         reason = f"its tokenizer is not that of {model}; losses of other tokens cannot be compared"
         raise ValueError(f"--reference {reference}: {reason}")

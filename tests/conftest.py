@@ -9,7 +9,7 @@ from tiny import tiny_folder
 
 @pytest.fixture
 def folder(tmp_path):
-    """A tiny model folder without weights."""
+    """A tiny model folder."""
     return tiny_folder(tmp_path / "tiny")
 
 

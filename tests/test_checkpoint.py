@@ -49,6 +49,20 @@ def stopped_after(steps, folder, rows, out, stopper, *flags):
     assert len(metrics(out)) == steps
 
 
+def test_ctrl_c_says_what_is_saved_also_where_torch_wraps_it(folder, rows, tmp_path, stopper, monkeypatch):
+    out = tmp_path / "out"
+    for steps, said in ((1, f"no checkpoint in {out} yet"), (3, f"saved: {out}/checkpoints/step-000002; resume with")):
+        with pytest.raises(KeyboardInterrupt, match=said):
+            run(folder, rows, "--out", out, *EVERY, *stopper(steps))
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.distributed.checkpoint.FileSystemWriter.write_data", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="saved: .*step-000002"):
+        run(folder, rows, "--out", out, *EVERY, *stopper(None))
+
+
 def resumed(folder, rows, out, stopper, *flags) -> Path:
     return run(folder, rows, "--out", out, *EVERY, *stopper(None), *flags)
 

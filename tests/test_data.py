@@ -224,9 +224,8 @@ def test_a_tokenizer_file_that_pads_with_the_end_token_and_truncates_changes_not
 
 @pytest.mark.fast
 def test_llama3_is_refused_where_its_tokens_were_never_trained(tmp_path, tokenizer):
+    require_trained_headers(tiny_folder(tmp_path / "bare", seed=None), tokenizer)  # fresh: all are untrained alike
     folder = tiny_folder(tmp_path / "m")
-    require_trained_headers(folder, tokenizer)  # no weights yet: all are untrained alike
-    Llama.from_pretrained(folder).save_pretrained(folder)
     require_trained_headers(folder, tokenizer)
     for token in ("<|start_header_id|>", "<|eot_id|>"):
         model = Llama.from_pretrained(folder)

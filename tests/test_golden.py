@@ -6,7 +6,6 @@ again by later code it would prove nothing, so the program refuses to.
 
 import json
 import math
-import shutil
 import sys
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from tiny import TEXTS, tiny_folder
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import train
-from model import Llama
 
 GOLDEN = Path(__file__).with_name("golden.json")
 NUMBERS = ("loss", "ce", "important", "unimportant", "grad_norm", "lr", "lam")
@@ -50,11 +48,8 @@ def place(tmp_path_factory):
 
 
 def lay_out(here: Path) -> dict[str, Path]:
-    """A tiny model without weights (a run draws them from its seed), a reference, a classifier, the demo's first rows."""
-    folder, phi, rows = tiny_folder(here / "model"), here / "phi", here / "rows.jsonl"
-    Llama.from_pretrained(folder, seed=9).save_pretrained(phi)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(folder / name, phi / name)
+    """A tiny model, a reference, a classifier, the demo's first rows."""
+    folder, phi, rows = tiny_folder(here / "model", seed=3), tiny_folder(here / "phi", seed=9), here / "rows.jsonl"
     first = (ROOT / "demo" / "instructions.jsonl").read_text(encoding="utf-8").splitlines()[:13]
     rows.write_text("\n".join(first), encoding="utf-8")
     return {"folder": folder, "phi": phi, "rows": rows, "here": here}

@@ -34,8 +34,7 @@ ROWS = [
 @pytest.fixture
 def here(tmp_path):
     """A model with weights, and rows."""
-    folder = tiny_folder(tmp_path / "model")
-    Llama.from_pretrained(folder).save_pretrained(folder)
+    tiny_folder(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     return tmp_path
 
@@ -190,8 +189,7 @@ def test_every_token_of_an_answer_has_its_score_and_shade(here, corpus):
 
 @pytest.mark.fast
 def test_losses_are_those_of_the_model_and_rho1_takes_the_references_away(here, corpus):
-    phi = tiny_folder(here / "phi")
-    Llama.from_pretrained(phi, seed=7).save_pretrained(phi)
+    phi = tiny_folder(here / "phi", seed=7)
     samples = np.array([0, 2])
     args = arguments(here, "--grouper", "loss,rho1", "--reference", str(phi), "--dtype", "float32")
     loss, rho1 = look.views(args, corpus, samples, Tokenizer(here / "model", 512))

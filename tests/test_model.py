@@ -291,6 +291,43 @@ def _index_outside(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def _index(*names):
+    def edit(folder):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys("ab", *names)}))
+
+    return edit
+
+
+def _pickle_index_only(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin.index.json").write_text("{}")
+
+
+def _index_astray(folder):
+    (folder / "model.safetensors").rename(folder / "b.safetensors")
+    save_file({"x": torch.zeros(1)}, folder / "a.safetensors")
+    names = dict.fromkeys(load_file(folder / "b.safetensors"), "b.safetensors") | {"model.norm.weight": "a.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def _holds(content):
+    return lambda folder: (folder / "model.safetensors").write_bytes(content)
+
+
+def _dangling(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../blobs/0f")
+
+
+def _left(name):
+    def edit(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"0")
+
+    return edit
+
+
 def _meta_layout(folder):
     save_file({"tok_embeddings.weight": torch.zeros(97, 48)}, folder / "model.safetensors")
 
@@ -342,6 +379,35 @@ BROKEN = {
     ),
     "claimed untied": (_config(tie_word_embeddings=False), r"missing \(lm_head\.weight\)"),
     "pickle": (_pickle_only, "pytorch_model.bin, a pickle"),
+    "gguf": (lambda f: (f / "model.safetensors").rename(f / "q4.gguf"), "only as q4.gguf, llama.cpp's; convert them"),
+    "only an index of pickles": (_pickle_index_only, "only as pytorch_model.bin.index.json, a pickle"),
+    "pickle in the index": (
+        _index("pytorch_model-00001-of-00002.bin"),
+        r"index\.json: names pytorch\S+, a pickle, which",
+    ),
+    "tensor astray": (_index_astray, r"names model.norm.weight in a\.safetensors, which does not hold it"),
+    "pointer": (_holds(b"version https://git-lfs.github.com/spec/v1\noid"), "a Git LFS pointer .* git lfs pull"),
+    "web page": (_holds(b"<!DOCTYPE html><title>Sign in"), "a web page in its place"),
+    "renamed pickle": (_holds(b"PK\x03\x04archive/data.pkl"), "PyTorch's pickle in its place"),
+    "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), r"a LoRA adapter \(adapter_config\.json\)"),
+    "quantized": (
+        _tensors(lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.int8)})),
+        "type I8",
+    ),
+    "nan": (_tensors(lambda t: t["model.norm.weight"].fill_(torch.nan)), r"safetensors: model\.norm\.weight holds nan"),
+    "dangling link": (_dangling, r"model\.safetensors but neither .* \(it left model\.safetensors\)"),
+    "broken download": (
+        _left(".cache/huggingface/download/x.0f.incomplete"),
+        r"no weights .* left \S+x\.0f\.incomplete\)",
+    ),
+    "broken wget": (_left("model.safetensors.part"), r"no weights .* \(it left model\.safetensors\.part\)"),
+    "config alone": (_left("README.md"), r"no weights in the folder, only a configuration; .* --fresh"),
+    "infinity": (_config(time_step_limit=[0.0, float("inf")]), r"config\.json: time_step_limit cannot be written"),
+    "half a pair": (_config(note="\ud83d"), r"config\.json: note cannot be written as JSON"),
+    "too large a number": (
+        lambda f: (f / "config.json").write_text('{"model_type": "llama", "x": {"y": 1e999}}'),
+        r"config\.json: x cannot be written as JSON",
+    ),
     "lost shard": (_index_without_shard, "names model-00001-of-00002.safetensors, not in this folder"),
     "index a list": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "index.json: holds a list"),
     "index of numbers": (
@@ -363,12 +429,72 @@ BROKEN = {
 def test_a_bad_folder_gets_one_clear_error(tmp_path, fault):
     folder = tmp_path / "model"
     folder.mkdir()
-    Llama.from_pretrained(folder_of(folder)).save_pretrained(folder)
+    Llama.from_pretrained(folder_of(folder), seed=0).save_pretrained(folder)
     break_it, message = BROKEN[fault]
     break_it(folder)
     with pytest.raises(ValueError, match=message) as e:
         Llama.from_pretrained(folder)
     assert "model" in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.fast
+def test_of_one_file_and_an_index_the_file_is_read_as_transformers_does(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "both"
+    old, new = (Llama.from_pretrained(folder_of(tmp_path), seed=seed) for seed in (1, 2))
+    weights.save(old, folder, shard_bytes=20_000)
+    new.save_pretrained(tmp_path / "new")
+    shutil.copy(tmp_path / "new" / "model.safetensors", folder)
+    name = "model.embed_tokens.weight"
+    ours = dict(Llama.from_pretrained(folder).named_parameters())[name]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()[name]
+    assert torch.equal(ours, theirs) and torch.equal(ours, new.model.embed_tokens.weight)
+    next(folder.glob("model-*.safetensors")).unlink()
+    with pytest.raises(
+        ValueError, match=r"index\.json: names .* not in this folder.*; model\.safetensors is beside it"
+    ):
+        Llama.from_pretrained(folder)
+
+
+@pytest.mark.fast
+def test_a_run_folder_a_checkpoint_and_a_hub_cache_name_the_model_that_is_meant(tmp_path, tiny):
+    run, cache = tmp_path / "run", tmp_path / "models--a--b"
+    for folder in (run / "model", cache / "snapshots" / "0f"):
+        tiny.save_pretrained(folder)
+    (run / "config.json").write_text('{"config": {}, "versions": {}}')
+    (run / "checkpoints" / "step-000002").mkdir(parents=True)
+    for given, meant in (
+        (run, "run/model"),
+        (run / "checkpoints" / "step-000002", "run/model"),
+        (cache, "snapshots/0f"),
+    ):
+        with pytest.raises(ValueError, match=rf"{given.name}: not a model's folder; the model is \S+/{meant}$"):
+            Llama.from_pretrained(given)
+    shutil.rmtree(run / "model")
+    with pytest.raises(ValueError, match="a run without a model: it has not ended"):
+        Llama.from_pretrained(run)
+    Llama.from_pretrained(cache / "snapshots" / "0f")
+
+
+@pytest.mark.fast
+def test_a_broken_download_in_the_hubs_cache_is_named(tmp_path):
+    (folder := tmp_path / "snapshots" / "0f").mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "ab.incomplete").write_bytes(b"0")
+    with pytest.raises(ValueError, match=r"no weights .*ab\.incomplete"):
+        Llama.from_pretrained(folder_of(folder))
+
+
+@pytest.mark.fast
+def test_a_weight_too_large_for_the_saved_type_is_named_and_nothing_written(tmp_path, tiny):
+    with torch.no_grad():
+        tiny.model.layers[1].mlp.up_proj.weight[3, 3] = 1e30
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is not finite in float16, though it is"
+    ):
+        tiny.save_pretrained(tmp_path / "half", torch.float16)
+    assert not (tmp_path / "half").exists()
+    tiny.save_pretrained(tmp_path / "wide", torch.bfloat16)
 
 
 @pytest.mark.fast

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -199,10 +198,7 @@ def place(tmp_path_factory):
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"], (
         "both kinds of head are in the cases"
     )
-    phi = here / "phi"
-    Llama.from_pretrained(folder, seed=9).save_pretrained(phi)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(folder / name, phi / name)
+    phi = tiny_folder(here / "phi", seed=9)
     rows, long = here / "rows.jsonl", here / "long.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     long.write_text("".join(json.dumps({**row, "completion": 9 * row["completion"]}) + "\n" for row in ROWS))
@@ -292,8 +288,9 @@ def test_ctrl_c_leaves_nothing_unfinished(place, held, tmp_path):
     process = launch(2, *command, held=file, start_new_session=True)
     wait_for(file.exists, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    process.communicate(timeout=MINUTES)
+    _, errors = process.communicate(timeout=MINUTES)
     assert process.returncode != 0 and not (out / "model").exists()
+    assert errors.count(f"interrupted; saved: {out / 'checkpoints' / 'step-'}") == 1, errors[-3000:]
     ended(launch(1, *command, held=file))
     assert not list((out / "checkpoints").glob("*.part")) and len(metrics(out)) == STEPS
 

@@ -7,7 +7,6 @@ from classifiers import MBERT, classifier_folder
 from tiny import TEXTS, tiny_folder
 
 import train
-from model import Llama
 from published.hub import data_file
 from support.recipes import NOTES, RECIPES, table
 
@@ -68,7 +67,7 @@ def tiny(tmp_path_factory):
     """A tiny model, a classifier, and rows of both data sets' forms."""
     pytest.importorskip("transformers")
     here = tmp_path_factory.mktemp("tiny")
-    Llama.from_pretrained(tiny_folder(here / "model"), seed=9).save_pretrained(here / "model")
+    tiny_folder(here / "model", seed=9)
     classifier_folder(here, MBERT, TEXTS * 4)
     texts = [f"{text} {n}." for n, text in enumerate(TEXTS * 2)]
     lima = [{"conversations": ["Why?", text], "source": "test"} for text in texts]

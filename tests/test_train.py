@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from stories260k import SHARED
 from tiny import tiny_folder
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -141,8 +142,8 @@ def model_and_corpus(folder, rows):
 
 
 @pytest.fixture
-def reference(folder):
-    return Llama.from_pretrained(folder, seed=9)
+def reference(tmp_path):
+    return Llama.from_pretrained(tiny_folder(tmp_path / "phi", seed=9))
 
 
 def gradient(model):
@@ -474,8 +475,7 @@ def test_at_lambda_zero_an_objective_that_does_not_say_constant_price_gets_its_o
     assert abs(plain[0]["grad_norm"] - one[0]["grad_norm"]) > 1e-2, "and another gradient than cross-entropy's"
 
 
-def test_the_seed_orders_the_samples_and_draws_the_random_groups(folder, log):
-    Llama.from_pretrained(folder).save_pretrained(folder)  # the same weights for every seed
+def test_the_seed_orders_the_samples_and_draws_the_random_groups(log):
     a, b = (log(f"order{seed}", f"--max-steps 1 --seed {seed}")[0] for seed in (0, 1))
     assert a["ce"] != pytest.approx(b["ce"], abs=1e-5)
     whole = "--max-steps 1 --batch-size 11 --grouper random --eta 0.5"
@@ -483,8 +483,9 @@ def test_the_seed_orders_the_samples_and_draws_the_random_groups(folder, log):
     assert a["ce"] == pytest.approx(b["ce"], abs=1e-6) and a["important"] != pytest.approx(b["important"], abs=1e-5)
 
 
-def test_the_seed_draws_the_fresh_weights(log):
-    flags = "--batch-size 11 --max-steps 1 --lam-max 0"  # one batch of all samples: their order does not matter
+def test_the_seed_draws_the_fresh_weights(folder, log):
+    (folder / "model.safetensors").unlink()
+    flags = "--fresh --batch-size 11 --max-steps 1 --lam-max 0"  # one batch of all samples: their order does not matter
     a, b = (log(str(seed), f"{flags} --seed {seed}")[0]["loss"] for seed in (0, 1))
     assert a != pytest.approx(b, abs=1e-4)
 
@@ -696,7 +697,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(folder, rows, tmp_path, ca
     assert said["data"].endswith("rows.jsonl: 11 rows, 11 samples kept")
     assert said["steps"].startswith("3 an epoch, 4 samples each; 6 in all;")
     assert said["method"].startswith("sft_go, λ 0.9, scope step; groups by tfidf, η 0.9: ")
-    assert "M parameters (fresh: no weights in the folder)" in said["model"]
+    assert said["model"].endswith("M parameters, computed in float32")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -730,11 +731,10 @@ def test_the_plan_gives_the_share_of_each_group_above_the_first(folder, rows, ca
 
 @pytest.mark.fast
 def test_the_plan_comes_before_a_weight_is_loaded(folder, rows, tmp_path, capsys):
-    Llama.from_pretrained(tiny_folder(tmp_path / "wide", intermediate_size=96)).save_pretrained(tmp_path / "wide")
-    shutil.copy(tmp_path / "wide" / "model.safetensors", folder)  # not this model's
+    nan_in(folder, "model.norm.weight")
     run(folder, rows, "--dry-run")
     assert "fresh" not in plan(capsys)["model"]
-    with pytest.raises(ValueError, match="but config.json makes it"):
+    with pytest.raises(ValueError, match="holds nan or infinity"):
         run(folder, rows, "--out", tmp_path / "out")
 
 
@@ -889,7 +889,11 @@ MISTAKES = {
     "objective of no name": (f"--objective {mine('absent')}", "test_train.py has no function absent"),
     "grouper of no name": (f"--grouper {mine('ROWS')}", "test_train.py has no function ROWS"),
     "grouper of a shape": (f"--grouper {mine('misshapen')}", r"misshapen: returned float32 \(3,\), expected floats"),
-    "unknown flag": ("--etaa 0.9", "unrecognized arguments: --etaa"),
+    "unknown flag": ("--etaa 0.9", r"unrecognized arguments: --etaa 0\.9; did you mean --eta\?"),
+    "a flag with _": ("--batch_size=4", r"unrecognized arguments: --batch_size=4; did you mean --batch-size\?"),
+    "a flag's meaning": ("--learning-rate 1", r"unrecognized arguments: --learning-rate 1; did you mean --lr\?"),
+    "a flag like no other": ("--qqqqqq", r"unrecognized arguments: --qqqqqq; --help lists them all"),
+    "fresh with weights": ("--data absent.jsonl --fresh", "--fresh is for a config alone, but .* has weights"),
     "abbreviated flag": ("--obj sft_go", "unrecognized arguments: --obj"),
     "a flag that died": ("--overwrite", "unrecognized arguments: --overwrite"),
     "not a number": ("--epochs many", "invalid int value"),
@@ -995,14 +999,18 @@ def test_what_is_not_finite_stops_before_the_update(folder, rows, tmp_path, shel
     assert "\n" not in said and len(updates) == 3 and len(metrics(out)) == 3 and not (out / "model").exists()
 
 
-def test_weights_that_are_not_finite_stop_at_the_first_step(folder, rows, tmp_path, updates):
-    model = Llama.from_pretrained(folder)
-    with torch.no_grad():
-        model.model.norm.weight[0] = math.nan
-    model.save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"step 1: loss nan \| ce nan \| important nan .* Not updated"):
+def nan_in(folder, name, value=math.nan):
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_finite_are_named_before_the_first_step(folder, rows, tmp_path, value):
+    nan_in(folder, name := "model.layers.1.mlp.up_proj.weight", value)
+    with pytest.raises(ValueError, match=rf"model\.safetensors: {name} holds nan or infinity \(1 such"):
         run(folder, rows, "--out", tmp_path / "out")
-    assert not updates and metrics(tmp_path / "out") == [] and not (tmp_path / "out" / "model").exists()
+    assert not (tmp_path / "out" / "metrics.jsonl").exists() and not (tmp_path / "out" / "model").exists()
 
 
 def test_weights_that_end_up_not_finite_are_not_saved(folder, rows, tmp_path):
@@ -1010,13 +1018,13 @@ def test_weights_that_end_up_not_finite_are_not_saved(folder, rows, tmp_path):
         "--max-steps 1 --eps 1e-60 --objective",
         mine("faint"),
     ]  # a gradient whose square is 0: AdamW divides by it
-    with pytest.raises(ValueError, match="the last update left weights that are not finite; no model written"):
+    with pytest.raises(ValueError, match=r"after the last update \S+ is not finite in float32; no model written"):
         run(folder, rows, "--out", tmp_path / "out", *flags)
     assert not (tmp_path / "out" / "model").exists()
 
 
 ENDINGS = {
-    "interrupted_later": "interrupted; the same command resumes from the last checkpoint",
+    "interrupted_later": r"interrupted; saved: \S+/out/checkpoints/step-000002; resume with .* --out \S+/out$",
     "too_large_later": r"error: out of memory \(CUDA out of memory.*\); lower --micro-batch-tokens or --context",
     "refuses_later": r"error: --objective \S+:refuses_later: ValueError: mine does not like this λ \(\S+, line \d+\)",
 }
@@ -1025,9 +1033,10 @@ ENDINGS = {
 @pytest.mark.parametrize("objective", ENDINGS)
 def test_a_run_that_ends_in_the_middle_says_why_and_keeps_its_log(folder, rows, tmp_path, shell, objective):
     out = tmp_path / "out"
-    flags = f"--model {folder} --data {rows} {BASE} {LATER} --out {out} --objective {mine(objective)}"
-    code, said = shell(*flags.split())
-    assert code == 1 and re.match(ENDINGS[objective], said) and "\n" not in said
+    flags = f"--model {folder} --data {rows} {BASE} {LATER} --out {out} --checkpoint-every 2"
+    code, said = shell(*flags.split(), "--objective", mine(objective))
+    assert code == (130 if objective == "interrupted_later" else 1)
+    assert re.match(ENDINGS[objective], said) and "\n" not in said.strip()
     assert column(metrics(out), "step") == [1, 2, 3] and not (out / "model").exists()
 
 
@@ -1041,6 +1050,121 @@ def test_a_full_disk_while_saving_is_one_line_and_leaves_no_model(folder, rows, 
     pattern = r"^error: .*model\.safetensors\.part: cannot be written \(.*\); is the disk full\?$"
     assert re.search(pattern, done.stderr, re.MULTILINE), done.stderr
     assert (tmp_path / "out" / "metrics.jsonl").exists() and not (tmp_path / "out" / "model").exists()
+
+
+# What may not fail a run: all but the written model.
+
+
+@pytest.mark.parametrize("fresh", ["", "--fresh"])
+def test_a_config_without_weights_is_trained_only_with_the_flag(folder, rows, tmp_path, fresh):
+    (folder / "model.safetensors").unlink()
+    if fresh:
+        return run(folder, rows, "--fresh --max-steps 1 --checkpoint-every 0 --out", tmp_path / "out")
+    with pytest.raises(ValueError, match="no weights in the folder, only a configuration; .* --fresh"):
+        run(folder, "absent.jsonl", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("which", ["model", "reference"])
+def test_a_tensor_that_an_index_misplaces_is_found_before_the_data_are_read(folder, tmp_path, which):
+    phi = shutil.copytree(folder, tmp_path / "phi")
+    broken = folder if which == "model" else phi
+    names = dict.fromkeys(load_file(folder / "model.safetensors"), "b.safetensors") | {
+        "model.norm.weight": "a.safetensors"
+    }
+    (broken / "model.safetensors").rename(broken / "b.safetensors")
+    save_file({"x": torch.zeros(1)}, broken / "a.safetensors")
+    (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ValueError, match=r"index\.json: names model\.norm\.weight in a\.safetensors"):
+        run(folder, "absent.jsonl", "--grouper rho1 --reference", phi)
+
+
+@pytest.mark.parametrize("template", ["plain", "llama3"])
+def test_the_saved_configuration_has_the_ids_that_were_trained(folder, rows, tmp_path, template):
+    raw = json.loads((folder / "config.json").read_text()) | {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}
+    (folder / "config.json").write_text(json.dumps(raw))
+    names = json.loads((folder / "tokenizer_config.json").read_text())
+    pad = "<|finetune_right_pad_id|>" if template == "llama3" else names["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | {"pad_token": {"content": pad}}))
+    out = run(folder, rows, "--max-steps 1 --checkpoint-every 0 --template", template, "--out", tmp_path / "out")
+    tokenizer = Tokenizer(folder, 512)
+    config, generation = (json.loads((out / "model" / f"{n}config.json").read_text()) for n in ("", "generation_"))
+    assert config["bos_token_id"] == generation["bos_token_id"] == tokenizer.bos
+    assert generation["eos_token_id"] == tokenizer.stop_ids(template)
+    if template == "llama3":
+        assert config["eos_token_id"] == generation["eos_token_id"]
+        assert config["pad_token_id"] == generation["pad_token_id"] == tokenizer.id(pad)
+    else:
+        assert config["eos_token_id"] == tokenizer.end and config["pad_token_id"] is None
+        assert "pad_token_id" not in generation, "a pad token that ends a text would hide its end"
+
+
+def test_a_weight_too_large_for_the_saved_type_is_named_and_leaves_no_model(folder, rows, tmp_path):
+    nan_in(folder, name := "model.layers.0.mlp.up_proj.weight", 1e6)
+    flags = f"--max-steps 1 --lr 1e-9 --save-dtype float16 --out {tmp_path / 'out'}"
+    with pytest.raises(ValueError, match=f"{name} is not finite in float16, though it is in float32.*no model written"):
+        run(folder, rows, flags)
+    assert not (tmp_path / "out" / "model").exists() and not (tmp_path / "out" / "model.part").exists()
+
+
+@pytest.mark.usefixtures("picture")
+@pytest.mark.parametrize("name", ["a$_$b", "$\\frac{", "潮だまり"])
+def test_a_title_that_is_no_formula_and_not_in_the_font_is_drawn(folder, rows, tmp_path, capsys, name):
+    out = run(folder, rows, "--max-steps 2 --checkpoint-every 0 --out", tmp_path / name)
+    assert (out / "losses.png").stat().st_size > 5000 and "Glyph" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken", ["plot_losses", "generate"])
+@pytest.mark.parametrize(
+    "fault", [OSError("no room"), RuntimeError("a broken\nlibrary"), UnicodeError("odd"), KeyError(1)]
+)
+def test_a_picture_or_an_answer_that_fails_is_one_line(folder, rows, tmp_path, monkeypatch, capsys, broken, fault):
+    def fails(*args, **kwargs):
+        raise fault
+
+    monkeypatch.setattr(report, broken, fails)
+    out = run(folder, rows, "--max-steps 1 --checkpoint-every 0 --out", tmp_path / "out")
+    (said,) = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("no ") and "matplotlib" not in line
+    ]
+    assert re.match("no (losses.png|sample): (no room|a broken$|.*odd|1)", said) and (out / "model").is_dir()
+
+
+ENDS = {  # what a shell does with a run
+    "help in ascii": "PYTHONIOENCODING=ascii {} --help",
+    "latin-1, read by head": "PYTHONIOENCODING=latin-1 {} | (exec 0<&-; sleep 0.1); exit ${{PIPESTATUS[0]}}",
+    "ascii on a full disk": "PYTHONIOENCODING=ascii {} > /dev/full",
+    "closed": "{} >&- 2>&-",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_terminal_that_cannot_take_the_words_ends_no_run(folder, rows, tmp_path, end):
+    out = tmp_path / "out"
+    flags = f"--model {folder} --data {rows} {BASE} --max-steps 1 --checkpoint-every 0 --out {out}"
+    command = ENDS[end].format(f"{sys.executable} {ROOT / 'train.py'} {flags}")
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "rror" not in done.stderr, done.stderr
+    assert (out / "model").is_dir() or "--help" in command
+
+
+def test_without_groups_the_lines_show_cross_entropy_alone(folder, rows, tmp_path, capsys):
+    out = run(folder, rows, "--grouper none --max-steps 2 --checkpoint-every 0 --out", tmp_path / "out")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(lines) == 2 and all(
+        re.match(r"step \d/2 \| loss \S+ \| ce \S+ \| lr \S+ \| grad", line) for line in lines
+    )
+    assert {"important", "unimportant", "important_tokens", "unimportant_tokens", "worst"} <= metrics(out)[0].keys()
+    assert report.brief(metrics(out)[0], "none").split()[2] == "ce"
+    assert "important" in report.line(metrics(out)[0], "tfidf") and "important" in report.brief(metrics(out)[0], "loss")
+
+
+@pytest.mark.fast
+def test_the_two_commands_for_rho1_have_one_out_and_are_no_dry_run(shell):
+    given = "--grouper rho1 --out=runs/x --no-dry-run --seed 3 --objective important_only --dry-run --reference"
+    first, second = COMMAND.findall(shell(*given.split(), "")[1])
+    assert first == "--seed 3 --grouper none --objective cross_entropy --out runs/reference"
+    wanted = "--grouper rho1 --out=runs/x --seed 3 --objective important_only --reference runs/reference/model"
+    assert second == wanted
 
 
 # Rho-1.
@@ -1161,12 +1285,7 @@ def test_the_two_commands_of_the_demo_are_the_demos(shell):
     assert {train.parse_args(shlex.split(command)).recipe for command in (first, second)} == {"demo"}
 
 
-def with_weights(folder):
-    Llama.from_pretrained(folder).save_pretrained(folder)
-
-
 def with_two_tokens_exchanged(folder):
-    with_weights(folder)
     raw = json.loads((folder / "tokenizer.json").read_text())
     vocab = raw["model"]["vocab"]
     first, second, *_ = vocab
@@ -1175,9 +1294,9 @@ def with_two_tokens_exchanged(folder):
 
 
 REFERENCES = {
-    "no weights in the folder": ({}, lambda folder: None),
+    "no weights in the folder": ({}, lambda folder: (folder / "model.safetensors").unlink()),
     "its tokenizer is not that of": ({}, with_two_tokens_exchanged),
-    "has 64 positions": ({"max_position_embeddings": 64}, with_weights),
+    "has 64 positions": ({"max_position_embeddings": 64}, lambda folder: None),
     "no such folder": ({}, shutil.rmtree),
 }
 

@@ -5,6 +5,11 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
+from model import Llama, LlamaConfig
+from published.config import read_config
+
 VOCAB = 512
 TEXTS = [
     "Once upon a time there was a little tide pool, and the water in the pool was warm.\n\nThe end.\n\n\n",
@@ -37,8 +42,8 @@ def tokenizer_json() -> str:
     return tokenizer.to_str()
 
 
-def tiny_folder(path: str | Path, **config_changes) -> Path:
-    """Write config.json, tokenizer.json and tokenizer_config.json into `path`; no weights: they are drawn from a seed.
+def tiny_folder(path: str | Path, seed: int | None = 0, **config_changes) -> Path:
+    """Write config.json, tokenizer.json, tokenizer_config.json and weights drawn from `seed` into `path` (None: none).
 
     The tokenizer is byte-level BPE with Llama 3's special tokens as its last eight of 512 ids; by itself it adds a BOS.
     """
@@ -50,4 +55,8 @@ def tiny_folder(path: str | Path, **config_changes) -> Path:
     (path / "tokenizer.json").write_text(tokenizer_json(), encoding="utf-8")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": end}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    if seed is not None:
+        with torch.device("meta"):
+            model = Llama(LlamaConfig(**read_config(path)))
+        model.fill(path, "cpu", seed).save_pretrained(path)
     return path
