@@ -49,7 +49,8 @@ class SFTGO(LM):
         self.model = Llama.from_pretrained(folder, DTYPES[dtype], DTYPES[dtype], self._device)
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        pairs = list(self.encoder.pairs([r.args for r in requests]))
+        names = [f"{r.task_name}: item {getattr(r, 'doc_id', i)}" for i, r in enumerate(requests)]
+        pairs = list(self.encoder.pairs([r.args for r in requests], names))
         values, greedy = log_likelihoods(self.model, pairs)
         return list(zip(values.tolist(), greedy.tolist()))
 

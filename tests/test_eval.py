@@ -300,14 +300,16 @@ def test_the_seam_is_cut_by_the_context_s_own_tokens(tiny):
     context, continuation = split("the water \n", " was")
     assert unpacked(context).tolist() == encode("the water")
     assert continuation == encode("the water \n was")[len(encode("the water")) :]
-    merged = next(
-        (a, b) for a, b in [("th", "e"), ("wate", "r"), ("a", "nd")] if encode(a + b) != encode(a) + encode(b)
-    )
+    merged = ("the wat", "er and")  # "er" ends in the context's last token
+    assert encode("".join(merged))[:3] != encode(merged[0]) and len(encode(merged[0])) == 3
     context, continuation = split(*merged)
     assert (
         unpacked(context).tolist() == encode(merged[0])
         and continuation == encode("".join(merged))[len(encode(merged[0])) :]
     )
+    for swallowed in (("th", "e"), ("the", "")):
+        with pytest.raises(ValueError, match="item 3, choice 2: this tokenizer leaves .* no token of its own"):
+            list(encoder.pairs([("the", " water"), swallowed], ["first", "item 3, choice 2"]))
     for nothing in ("", "  ", "\n\n"):
         assert split(nothing, " a") == (packed([tokenizer.bos]), encode(f"{nothing} a"))
     assert split("", f"{tokenizer.bos_token} a") == (packed([tokenizer.bos]), encode(" a"))
@@ -316,6 +318,7 @@ def test_the_seam_is_cut_by_the_context_s_own_tokens(tiny):
 
 
 # The benchmarks, on rows made up for it.
+QUESTION = {"question": {"stem": "s", "choices": [{"text": f"t{x}", "label": x} for x in "ABCD"]}, "answerKey": "A"}
 
 
 def given(tmp_path, monkeypatch, source: Source, rows: list[dict], module, name: str) -> Path:
@@ -374,7 +377,7 @@ def test_mmlu_is_summed_over_items_not_over_subjects():
 @pytest.mark.parametrize("hub", [False, True])
 def test_arc_and_openbookqa_prompts(tmp_path, monkeypatch, hub):
     def row(stem, name, key):
-        choices = [("one", "1"), ("two", "2"), ("three", "3")]
+        choices = [("one", "1"), ("two", "2"), ("three", "3"), ("four", "4")]
         if hub:
             return {
                 name: stem,
@@ -385,10 +388,10 @@ def test_arc_and_openbookqa_prompts(tmp_path, monkeypatch, hub):
 
     data = given(tmp_path, monkeypatch, arc_challenge.TEST, [row(" Why? ", "question", "2")], arc_challenge, "TEST")
     assert arc_challenge.load(data) == [
-        Item("arc_challenge", 0, "Question:  Why? \nAnswer:", ("one", "two", "three"), 1)
+        Item("arc_challenge", 0, "Question:  Why? \nAnswer:", ("one", "two", "three", "four"), 1)
     ]
     given(tmp_path, monkeypatch, openbookqa.TEST, [row("The sun is ", "question_stem", " 3")], openbookqa, "TEST")
-    assert openbookqa.load(data) == [Item("openbookqa", 0, "The sun is ", ("one", "two", "three"), 2)]
+    assert openbookqa.load(data) == [Item("openbookqa", 0, "The sun is ", ("one", "two", "three", "four"), 2)]
 
 
 @pytest.mark.fast
@@ -660,7 +663,7 @@ def test_missing_truncated_and_foreign_files_are_refused(refused, tmp_path):
     folder.mkdir(parents=True)
     told = refused(*flags)
     assert "openbookqa: no test.jsonl" in told and "python -m eval.download --tasks openbookqa --to d" in told
-    row = {"question": {"stem": "s", "choices": [{"text": "t", "label": "A"}]}, "answerKey": "A"}
+    row = QUESTION
     whole = "".join(json.dumps(row) + "\n" for _ in range(500))
     (folder / "test.jsonl").write_text(whole[: len(whole) // 2 + 9])
     assert "test.jsonl:" in refused(*flags) and "not JSON" in refused(*flags)
@@ -682,7 +685,7 @@ def test_missing_truncated_and_foreign_files_are_refused(refused, tmp_path):
 
 @pytest.mark.fast
 def test_a_model_folder_without_tokenizer_or_another_model_s_results_are_refused(refused, tmp_path, monkeypatch):
-    row = {"question": {"stem": "s", "choices": [{"text": "t", "label": "A"}]}, "answerKey": "A"}
+    row = QUESTION
     data = given(tmp_path, monkeypatch, openbookqa.TEST, [row], openbookqa, "TEST")
     flags = ("--tasks", "openbookqa", "--data", str(data))
     bare = tiny_folder(tmp_path / "bare")
@@ -709,7 +712,7 @@ def test_a_model_folder_without_tokenizer_or_another_model_s_results_are_refused
 
 @pytest.mark.fast
 def test_samples_are_never_written_over_another_file(refused, tmp_path, monkeypatch):
-    row = {"question": {"stem": "s", "choices": [{"text": "t", "label": "A"}]}, "answerKey": "A"}
+    row = QUESTION
     data = given(tmp_path, monkeypatch, openbookqa.TEST, [row], openbookqa, "TEST")
     flags = ("--model", str(BASE), "--tasks", "openbookqa", "--data", str(data), "--samples", "s.jsonl")
     (tmp_path / "s.openbookqa.jsonl").write_text("mine\n")
