@@ -1,7 +1,9 @@
 """A frozen dataclass as a command line: one flag for each field."""
 
 import argparse
+import sys
 from dataclasses import fields
+from difflib import get_close_matches
 from functools import partial
 from typing import get_args
 
@@ -36,3 +38,18 @@ def given(cls: type, argv: list[str], about: str, sections: dict[str, str], meta
         section.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **how)
     found = vars(parser.parse_args(argv))
     return found | {name: tuple(found[name]) for name in several if name in found}
+
+
+class Parser(argparse.ArgumentParser):
+    """Names the nearest flag beside one that there is not."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.given = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str):
+        names = [flag.partition("=")[0] for flag in self.given if flag.startswith("--")]
+        for name in [name for name in names if name not in ("--", *self._option_string_actions)]:
+            near = get_close_matches(name, self._option_string_actions, 1)
+            message += f"; no flag {name}" * (name not in message) + (f"; nearest: {near[0]}" if near else "")
+        super().error(message)

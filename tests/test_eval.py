@@ -581,24 +581,25 @@ def test_the_command_scores_resumes_and_changes_nothing_that_it_has(tmp_path, he
     first = run("--tasks", "arc_challenge,mmlu", *flags, cwd=tmp_path, program=(str(ROOT / "eval"),))
     assert first.returncode == 0, first.stderr
     assert re.search(r"^arc_challenge +2 +\d+\.\d +\d+\.\d +acc \d+\.\d\d ± \d+\.\d\d, acc_norm", first.stdout, re.M)
-    assert "3.4M parameters in bfloat16" in first.stdout and "results go to eval-base.json" in first.stdout
-    before = json.loads((tmp_path / "eval-base.json").read_text())
+    assert "3.4M parameters in bfloat16" in first.stdout and "results go to eval-base-limit-2.json" in first.stdout
+    before = json.loads((tmp_path / "eval-base-limit-2.json").read_text())
     assert before["tasks"]["mmlu"]["n"] == 2 * 57 and len(before["tasks"]["mmlu"]["subjects"]) == 57
     assert before["tasks"]["mmlu"]["made"]["versions"]["torch"] == torch.__version__
     assert before["tasks"]["mmlu"]["made"]["samples"] == str(tmp_path / "items.mmlu.jsonl")
     kept = {name: (tmp_path / f"items.{name}.jsonl").read_bytes() for name in ("arc_challenge", "mmlu")}
     assert "already has arc_challenge\n" in here("--tasks", "arc_challenge,openbookqa", *flags)
-    after = json.loads((tmp_path / "eval-base.json").read_text())
+    after = json.loads((tmp_path / "eval-base-limit-2.json").read_text())
     assert after["tasks"].pop("openbookqa")["n"] == 2 and after == before
     assert kept == {name: (tmp_path / f"items.{name}.jsonl").read_bytes() for name in kept}
     files = {f"items.{name}.jsonl": 2 * (57 if name == "mmlu" else 1) for name in (*kept, "openbookqa")}
-    assert {path.name for path in tmp_path.iterdir()} == {"eval-base.json", *files}
+    here_now = {path.name for path in tmp_path.iterdir()} - {".eval-base-limit-2.json.lock"}  # with an older filelock
+    assert here_now == {"eval-base-limit-2.json", *files}
     assert {name: len(json_lines(tmp_path / name)) for name in files} == files
     row = json_lines(tmp_path / "items.arc_challenge.jsonl")[0]
     asked = {"task", "doc_id", "prompt", "gold", "continuations"}
     assert row.keys() == asked | {"loglikelihoods", "greedy", "metrics"} and row["prompt"].startswith("Question: ")
     assert all(choice.startswith(" ") for choice in row["continuations"])
-    table = run("eval-base.json", cwd=tmp_path, program=(str(ROOT / "eval" / "table.py"),))
+    table = run("eval-base-limit-2.json", cwd=tmp_path, program=(str(ROOT / "eval" / "table.py"),))
     assert table.returncode == 0 and "| base | as given | 1 |" in table.stdout, table.stderr
 
 
@@ -770,11 +771,18 @@ def test_what_stops_one_rank_stops_both(tmp_path):
     assert done.returncode != 0 and "model.safetensors: a damaged safetensors file" in done.stderr
 
 
+def put_empty(data: Path, benchmark: str) -> None:
+    for source in BENCHMARKS[benchmark].sources:
+        (data / source.folder).mkdir(parents=True)
+        (data / source.folder / source.file).touch()
+
+
 @pytest.mark.parametrize(
     "benchmark, package, said",
     [("truthfulqa_gen", "sacrebleu", "sacrebleu"), ("ifeval", "langdetect", "lm-evaluation-harness")],
 )
-def test_a_missing_extra_is_named_with_its_command(refused, benchmark, package, said, monkeypatch):
+def test_a_missing_extra_is_named_with_its_command(refused, tmp_path, benchmark, package, said, monkeypatch):
+    put_empty(tmp_path / "d", benchmark)
     from eval import ifeval
 
     ifeval.checks.cache_clear(), truthfulqa.metrics.cache_clear()
@@ -786,7 +794,8 @@ def test_a_missing_extra_is_named_with_its_command(refused, benchmark, package, 
     assert "or score the others: --tasks mmlu,mmlu_5shot" in told
 
 
-def test_missing_punkt_tab_is_said_with_the_command_that_fetches_it(refused, monkeypatch):
+def test_missing_punkt_tab_is_said_with_the_command_that_fetches_it(refused, tmp_path, monkeypatch):
+    put_empty(tmp_path / "d", "ifeval")
     nltk = pytest.importorskip("nltk", reason='IFEval splits sentences with nltk: pip install -e ".[harness]"')
     pytest.importorskip("langdetect", reason='IFEval guesses languages with langdetect: pip install -e ".[harness]"')
     from eval import ifeval
