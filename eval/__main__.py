@@ -5,7 +5,6 @@ Everything that can be wrong with the request, the data and the tokenizer is fou
 
 import argparse
 import hashlib
-import json
 import os
 import platform
 import sys
@@ -114,9 +113,9 @@ def evaluate(args: argparse.Namespace, ranks: Ranks) -> None:
     for name in [name for name in items if name not in done]:
         began, asked, kept = time.monotonic(), items.pop(name), None
         if isinstance(asked[0], Prompt):
-            prompts = [(x.text, x.max_new_tokens, x.stops) for x in asked]
-            of = hashlib.sha256(json.dumps([about["fingerprint"], about["settings"], prompts]).encode()).hexdigest()
-            kept = out.with_name(f"{out.stem}.{name}-{of[:12]}.responses.json")
+            of = [about["fingerprint"], args.bos, args.dtype, *((x.text, x.max_new_tokens, x.stops) for x in asked)]
+            of = hashlib.sha256(repr(of).encode()).hexdigest()[:12]
+            kept = out.with_name(f"{out.stem}.{name}-{of}.responses.json")
             scored = write(model, encoder, asked, stop_ids, ranks, name, kept)
         else:
             scored = score(model, encoder, asked, args.batch_tokens, ranks, name)

@@ -18,13 +18,12 @@ from support.generate import generate
 # Settings of generation: those that are not used without sampling and beams, and the others with their neutral values.
 UNUSED = {*"do_sample temperature top_p top_k min_p typical_p epsilon_cutoff eta_cutoff".split()}
 UNUSED |= {"length_penalty", "early_stopping", "use_cache"}
-NEUTRAL = {
-    1: """num_beams num_beam_groups num_return_sequences repetition_penalty encoder_repetition_penalty guidance_scale""",
-    0: """no_repeat_ngram_size encoder_no_repeat_ngram_size diversity_penalty penalty_alpha min_length min_new_tokens
-        frequency_penalty presence_penalty bad_words_ids force_words_ids sequence_bias suppress_tokens
-        begin_suppress_tokens forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty""",
-}
-NEUTRAL = {name: value for value, names in NEUTRAL.items() for name in names.split()}
+NEUTRAL = dict.fromkeys("num_beams num_beam_groups num_return_sequences guidance_scale".split(), 1)
+NEUTRAL |= dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), 1)
+OFF = """no_repeat_ngram_size encoder_no_repeat_ngram_size diversity_penalty penalty_alpha min_length min_new_tokens
+    frequency_penalty presence_penalty bad_words_ids force_words_ids sequence_bias suppress_tokens begin_suppress_tokens
+    forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty"""
+NEUTRAL |= dict.fromkeys(OFF.split(), 0)
 Asked = tuple[str, int, tuple[str, ...]]  # a prompt, the most new tokens, stop strings
 
 
@@ -45,7 +44,7 @@ class Prompt:
 
 
 def write(model: Llama, encoder: Encoder, items: list[Prompt], stop_ids, ranks, name: str, kept: Path) -> list[dict]:
-    """Each item's response and its metrics, on every rank; the responses are `kept` in a file before they are judged."""
+    """Each item's response and its metrics, on every rank; the responses are `kept` in a file before any is judged."""
     texts = ranks.first(lambda: read_json(kept)["responses"] if kept.is_file() else None)
     if texts is None:
         prompts = [(p.text, p.max_new_tokens, p.stops) for p in items]

@@ -66,14 +66,12 @@ def built(name: str, prompt: str, arguments: dict):
     """The harness's check of an instruction."""
     state = random.getstate()
     random.seed(0)  # a checker that draws a letter (UNSETTLED) always draws the same
-    try:
-        check = checks()[name](name)
-        check.build_description(**arguments)
-        if "prompt" in (check.get_instruction_args() or {}):
-            check.build_description(prompt=prompt)
-        return check
-    finally:
-        random.setstate(state)
+    check = checks()[name](name)
+    check.build_description(**arguments)
+    if "prompt" in (check.get_instruction_args() or {}):
+        check.build_description(prompt=prompt)
+    random.setstate(state)
+    return check
 
 
 def holds(check, texts: list[str], failed: list[Exception]) -> bool:

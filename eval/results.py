@@ -60,7 +60,7 @@ def earlier(out: Path, about: dict, samples: dict[str, Path]) -> dict:
     """The results so far, or `about`, which has no task yet; ValueError where the files hold anything else."""
     for path in (out, *samples.values()):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with lock(out):
+    with FileLock(out.with_name(f".{out.name}.lock")):
         before = read(out) if out.exists() else about
     if other := difference(before, about):
         raise ValueError(f"{out}: holds {other}; choose another --out, or move it away")
@@ -71,10 +71,6 @@ def earlier(out: Path, about: dict, samples: dict[str, Path]) -> dict:
         if name in before["tasks"] and not (path.is_file() and digest(path) == made.get("samples_sha256")):
             raise ValueError(f"{out}: has {name} without {path}; to score it again choose another --out")
     return before
-
-
-def lock(out: Path) -> FileLock:
-    return FileLock(out.with_name(f".{out.name}.lock"))
 
 
 def difference(before: dict, about: dict) -> str:
@@ -90,7 +86,7 @@ def record(out: Path, about: dict, name: str, summary: dict, samples: Path | Non
 
     Returns the results file: the next free name where `out` has become that of another model or other settings.
     """
-    with lock(out):
+    with FileLock(out.with_name(f".{out.name}.lock")):
         before = read(out) if out.exists() else about
         if other := difference(before, about):
             taken = f"{out}: holds {other} by now"

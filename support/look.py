@@ -196,9 +196,8 @@ def overlaps(a: View, looked: list[View]) -> list[float]:
 
 # As a page.
 
-PAGE = (
-    '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="generator" content="support.look">'  # begins one
-)
+# How it begins.
+PAGE = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="generator" content="support.look">'
 STYLE = """
 body { font: 15px/1.6 system-ui, sans-serif; margin: 0 auto; max-width: 110rem; padding: 1rem }
 body { color: #1a1a1a; background: #fff }
