@@ -4,6 +4,7 @@ Everything that can be wrong with the request, the data and the tokenizer is fou
 """
 
 import argparse
+import hashlib
 import os
 import platform
 import sys
@@ -19,14 +20,14 @@ if os.environ.get("RANK", "0") != "0":
 
 import torch
 
-from eval import command_line
+from eval import command_line, say
 from eval.benchmarks import BENCHMARKS, task_names
 from eval.generate import Prompt, end_tokens, require_room, write
-from eval.results import HEAD, earlier, fingerprint, line, run_of, write_samples
+from eval.results import HEAD, SETTINGS, earlier, fingerprint, line, record, run_of
+from eval.rows import how_to_fetch
 from eval.score import Encoder, by_task, score
 from model import Llama, LlamaConfig
 from published.config import read_config
-from published.files import write_json
 from published.hub import resolve
 from published.tokenizer import Tokenizer
 from published.weights import DTYPES
@@ -34,7 +35,6 @@ from support.checkpoint import git_commit
 from support.ranks import Ranks, command
 
 LIBRARIES = ("torch", "tokenizers", "numpy", "sacrebleu", "rouge-score", "lm-eval", "nltk", "langdetect")
-SETTINGS = ("bos", "dtype", "limit")  # which decide the scores
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,7 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tasks", default="all", metavar="A,B", help="names separated by commas (default: all)")
     add("--data", default="benchmarks", metavar="PATH", help="of `python -m eval.download` (default: benchmarks)")
     add("--batch-tokens", type=int, metavar="N", help="of a packed row (default: 4,096 on a CPU, 65,536 on a GPU)")
-    usual = "default: eval.json beside a run's model, else eval-NAME.json here"
+    usual = "default: eval.json beside a run's model, else eval-NAME.json here; with --limit N: eval-limit-N.json"
     add("--out", metavar="FILE.json", help=f"results; the same command resumes after the last finished task ({usual})")
     samples = "for each task also FILE.TASK.jsonl: each prompt, what the model gave, metrics"
     add("--samples", metavar="FILE.jsonl", help=f"{samples}; an existing file is refused")
@@ -62,7 +62,8 @@ def paths(args: argparse.Namespace) -> tuple[Path, dict[str, Path]]:
     if (model / "model" / "config.json").is_file():
         raise ValueError(f"--model {model}: the folder of a run; its model is {model / 'model'}")
     name = model.resolve().name if model.is_dir() else model.name
-    out = Path(args.out or (model.parent / "eval.json" if run_of(model) else f"eval-{name}.json"))
+    tried = f"-limit-{args.limit}.json" if args.limit else ".json"  # never in the way of the complete one
+    out = Path(args.out or (model.parent / f"eval{tried}" if run_of(model) else f"eval-{name}{tried}"))
     given = [Path(args.samples).resolve()] if args.samples else []
     samples = {task: path.with_suffix(f".{task}{path.suffix}") for path in given for task in args.tasks}
     if out.is_dir() or out.resolve() in (*given, *samples.values()):
@@ -72,6 +73,12 @@ def paths(args: argparse.Namespace) -> tuple[Path, dict[str, Path]]:
 
 def prepare(args: argparse.Namespace) -> tuple[dict[str, list], Path, Encoder, tuple[int, ...]]:
     """The items of each task, the model's folder, its tokenizer, the tokens that end a text."""
+    lacking = {
+        name: source for name in args.tasks for source in BENCHMARKS[name].sources if not source.paths(args.data)
+    }
+    if lacking:
+        found, others = next(iter(lacking.values())).missing(Path(args.data)), ", ".join([*lacking][1:])
+        raise ValueError(f"{found}{f' (likewise {others})' * bool(others)}; {how_to_fetch([*lacking], args.data)}")
     items = {name: BENCHMARKS[name].load(Path(args.data)) for name in args.tasks}
     items = {name: [x for x in found if x.doc_id < (args.limit or len(found))] for name, found in items.items()}
     folder = resolve(args.model)
@@ -91,7 +98,7 @@ def evaluate(args: argparse.Namespace, ranks: Ranks) -> None:
     about |= {"run": run_of(Path(args.model)), "settings": {name: vars(args)[name] for name in SETTINGS}, "tasks": {}}
     about = ranks.first(lambda: earlier(out, about, samples))
     if done := items.keys() & about["tasks"].keys():
-        print(f"{out}: already has {', '.join(name for name in items if name in done)}")
+        say(f"{out}: already has {', '.join(name for name in items if name in done)}")
     if done == items.keys():
         return
     device, dtype = ranks.device, DTYPES[args.dtype]
@@ -101,22 +108,25 @@ def evaluate(args: argparse.Namespace, ranks: Ranks) -> None:
     versions |= {name: found.version for name in LIBRARIES for found in distributions(name=name)}
     made = {"device": where, "ranks": ranks.size, "versions": versions, "git_commit": git_commit()}
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{args.model}: {size:,.1f}M parameters in {args.dtype} on {where}; BOS {args.bos}; results go to {out}")
-    print(HEAD, flush=True)
+    say(f"{args.model}: {size:,.1f}M parameters in {args.dtype} on {where}; BOS {args.bos}; results go to {out}")
+    say(HEAD)
     for name in [name for name in items if name not in done]:
-        began, asked = time.monotonic(), items.pop(name)
+        began, asked, kept = time.monotonic(), items.pop(name), None
         if isinstance(asked[0], Prompt):
-            scored = write(model, encoder, asked, stop_ids, ranks, name)
+            of = [about["fingerprint"], args.bos, args.dtype, *((x.text, x.max_new_tokens, x.stops) for x in asked)]
+            of = hashlib.sha256(repr(of).encode()).hexdigest()[:12]
+            kept = out.with_name(f"{out.stem}.{name}-{of}.responses.json")
+            scored = write(model, encoder, asked, stop_ids, ranks, name, kept)
         else:
             scored = score(model, encoder, asked, args.batch_tokens, ranks, name)
         seconds, summary = time.monotonic() - began, BENCHMARKS[name].summarize(by_task(asked, scored))
         this = made | {"seconds": round(seconds, 2), "items_per_second": round(len(asked) / seconds, 2)}
-        if file := samples.get(name):
-            ranks.first(lambda: write_samples(file, asked, scored))
-            this["samples"] = str(file)
-        about["tasks"][name] = summary | {"made": this}
-        ranks.first(lambda: write_json(out, about))
-        print(line(name, len(asked), summary, seconds), flush=True)
+        rows = [item.asked | row for item, row in zip(asked, scored, strict=True)]
+        found, given = summary | {"made": this}, samples.get(name)
+        out = ranks.first(lambda: record(out, about, name, found, given, rows))
+        if kept:
+            ranks.first(lambda: kept.unlink(missing_ok=True))
+        say(line(name, len(asked), summary, seconds))
 
 
 def main() -> None:

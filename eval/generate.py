@@ -8,13 +8,22 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from eval import say
 from eval.score import ALONE, Encoder
 from model import Llama
-from published.files import read_json
+from published.files import read_json, write_json
 from published.tokenizer import Tokenizer
 from support.generate import generate
 
-NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}  # leave greedy decoding unchanged
+# Settings of generation: those that are not used without sampling and beams, and the others with their neutral values.
+UNUSED = {*"do_sample temperature top_p top_k min_p typical_p epsilon_cutoff eta_cutoff".split()}
+UNUSED |= {"length_penalty", "early_stopping", "use_cache"}
+NEUTRAL = dict.fromkeys("num_beams num_beam_groups num_return_sequences guidance_scale".split(), 1)
+NEUTRAL |= dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), 1)
+OFF = """no_repeat_ngram_size encoder_no_repeat_ngram_size diversity_penalty penalty_alpha min_length min_new_tokens
+    frequency_penalty presence_penalty bad_words_ids force_words_ids sequence_bias suppress_tokens begin_suppress_tokens
+    forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty"""
+NEUTRAL |= dict.fromkeys(OFF.split(), 0)
 Asked = tuple[str, int, tuple[str, ...]]  # a prompt, the most new tokens, stop strings
 
 
@@ -34,9 +43,15 @@ class Prompt:
         return {"task": self.task, "doc_id": self.doc_id, "prompt": self.text}
 
 
-def write(model: Llama, encoder: Encoder, items: list[Prompt], stop_ids, ranks, name: str) -> list[dict]:
-    """Each item's response and its metrics, on every rank."""
-    texts = respond(model, encoder, [(p.text, p.max_new_tokens, p.stops) for p in items], stop_ids, ranks, name=name)
+def write(model: Llama, encoder: Encoder, items: list[Prompt], stop_ids, ranks, name: str, kept: Path) -> list[dict]:
+    """Each item's response and its metrics, on every rank; the responses are `kept` in a file before any is judged."""
+    texts = ranks.first(lambda: read_json(kept)["responses"] if kept.is_file() else None)
+    if texts is None:
+        prompts = [(p.text, p.max_new_tokens, p.stops) for p in items]
+        texts = respond(model, encoder, prompts, stop_ids, ranks, name=name)
+        ranks.first(lambda: write_json(kept, {"responses": texts}))
+    else:
+        say(f"{name}: judging the responses in {kept}")
     return [{"response": text, "metrics": item.judge(text)} for item, text in zip(items, texts)]
 
 
@@ -66,7 +81,10 @@ def respond(
         for batch in tqdm(batches[ranks.rank :: ranks.size], name, unit="batch", disable=None, leave=False):
             _, most, stops = prompts[batch[0]]
             ended = partial(stopped, stops=stops, decode=tokenizer.decode)
-            new = generate(model, [ids[i] for i in batch], most, stop_ids=stop_ids, ended=ended)
+            try:
+                new = generate(model, [ids[i] for i in batch], most, stop_ids=stop_ids, ended=ended)
+            except ValueError as e:
+                raise ValueError(f"{name}: {e}") from e
             texts |= {i: trimmed(tokenizer.decode(t), (*stops, tokenizer.end_token)) for i, t in zip(batch, new)}
         return texts
 
@@ -89,7 +107,7 @@ def room_for(model: Llama) -> int:
 
 def stopped(tokens: list[int], stops: tuple[str, ...], decode: Callable[[list[int]], str]) -> bool:
     """Whether the newest of a sequence's tokens complete a stop string; they alone are decoded at every token."""
-    newest = decode(tokens[-(max(map(len, stops)) + 4) :]) if stops else ""  # most tokens hold a character or more
+    newest = decode(tokens[-(max(len(stop.encode()) for stop in stops) + 4) :]) if stops else ""  # a byte each or more
     return any(stop in newest for stop in stops) and any(stop in decode(tokens) for stop in stops)
 
 
@@ -100,13 +118,17 @@ def trimmed(text: str, stops: tuple[str, ...]) -> str:
     return text
 
 
+def not_greedy(settings: dict) -> list[str]:
+    """The settings that change what greedy decoding writes."""
+    return [x for x, value in settings.items() if x in NEUTRAL and value not in (None, False, [], {}, NEUTRAL[x])]
+
+
 def end_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokens that end a text: those of the folder's generation_config.json, else the tokenizer's."""
     path = folder / "generation_config.json"
     settings = read_json(path) if path.is_file() else {}
-    for name, neutral in NEUTRAL.items():
-        if settings.get(name) not in (None, neutral):  # the harness would follow it
-            raise ValueError(f"{path}: {name} is {settings[name]}, but generation here is plain greedy; take it out")
+    for name in not_greedy(settings):  # the harness would follow it
+        raise ValueError(f"{path}: {name} is {settings[name]}, but generation here is plain greedy; take it out")
     named = settings.get("eos_token_id")
     return tuple(named) if isinstance(named, list) else (tokenizer.end if named is None else named,)
 

@@ -5,6 +5,7 @@
 Needs the extra `harness`. The harness fetches its tasks' data itself.
 """
 
+import json
 import sys
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,13 +16,13 @@ if not __package__:  # python PATH/eval/harness.py
 import numpy as np
 import torch
 
-from eval import command_line
-from eval.generate import end_tokens, respond
+from eval import command_line, say
+from eval.generate import NEUTRAL, UNUSED, end_tokens, not_greedy, respond
+from eval.results import write_new
 from eval.score import Encoder, log_likelihoods
 from eval.sharing import packed
 from model import Llama
 from published.config import read_config
-from published.files import write_json
 from published.hub import resolve
 from published.tokenizer import Tokenizer
 from published.weights import DTYPES
@@ -49,7 +50,8 @@ class SFTGO(LM):
         self.model = Llama.from_pretrained(folder, DTYPES[dtype], DTYPES[dtype], self._device)
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        pairs = list(self.encoder.pairs([r.args for r in requests]))
+        names = [f"{r.task_name}: item {getattr(r, 'doc_id', i)}" for i, r in enumerate(requests)]
+        pairs = list(self.encoder.pairs([r.args for r in requests], names))
         values, greedy = log_likelihoods(self.model, pairs)
         return list(zip(values.tolist(), greedy.tolist()))
 
@@ -69,12 +71,12 @@ class SFTGO(LM):
         prompts = []
         for request in requests:
             text, given = request.args
-            how = normalize_gen_kwargs(given, 256)
+            how = normalize_gen_kwargs({name: value for name, value in given.items() if value is not None}, 256)
             until, most = how.pop("until", []), how.pop("max_gen_toks")
-            sampling = how.pop("do_sample", False) or how.pop("temperature", 0) > 0
-            if other := "sampling" if sampling else ", ".join(sorted(how.keys() - {"top_p", "top_k"})):
+            other = [*not_greedy(how), *sorted(how.keys() - UNUSED - NEUTRAL.keys())]
+            if other := "sampling" if how.get("do_sample") else ", ".join(other):
                 raise ValueError(f"{request.task_name}: asks for {other} ({given}), and generation here is greedy")
-            prompts.append((text, most, tuple(until)))
+            prompts.append((text, most, tuple(filter(None, until))))
         return respond(self.model, self.encoder, prompts, self.stop_ids)
 
 
@@ -98,11 +100,16 @@ def run(argv: list[str] | None = None) -> None:
             raise ValueError(f"--tasks {name}: the harness has no such task; nearest: {near}")
     how = {"num_fewshot": args.num_fewshot, "limit": args.limit, "task_manager": manager, "log_samples": False}
     found = simple_evaluate(SFTGO(args.model, args.bos, args.dtype), tasks=names, **how)
+    say(make_table(found) + ("\n" + make_table(found, "groups") if found.get("groups") else ""))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         kept = {name: found[name] for name in ("results", "groups", "versions", "n-shot", "n-samples") if name in found}
-        write_json(args.out, {"model": args.model, "bos": args.bos, "dtype": args.dtype, **kept})
-    print(make_table(found) + ("\n" + make_table(found, "groups") if found.get("groups") else ""))
+        kept = {"model": args.model, "bos": args.bos, "dtype": args.dtype, **kept}
+        kept = json.loads(
+            json.dumps(kept, default=lambda x: x.item() if hasattr(x, "item") else str(x)),
+            parse_constant=lambda name: None,
+        )  # NaN is no JSON: null
+        say(f"wrote {write_new(args.out, json.dumps(kept, indent=2, ensure_ascii=False) + chr(10))}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -31,6 +31,6 @@ def context(row: Row) -> str:
 def load(data: Path) -> list[Item]:
     items = []
     for i, row in enumerate(VALIDATION.read(data)):  # only this split has labels
-        endings = tuple(map(clean, row.strings("endings")))
+        endings = row.choices(tuple(map(clean, row.strings("endings"))), (4,))
         items.append(Item("hellaswag", i, context(row), endings, row.index("label", tuple("0123"))))
     return items

@@ -43,6 +43,10 @@ def load(data: Path) -> list[Prompt]:
         for name, a in zip(names, arguments):
             if name not in known:
                 raise ValueError(f"{row.where}: the harness has no check {name!r}; lm-eval 0.4.13 has it")
+            try:
+                built(name, text, a)
+            except Exception as e:  # of any kind: the harness checks few of them
+                raise ValueError(f"{row.where}: {name} does not take {a} ({e})") from e
             if missing := [x for x in known[name]("").get_instruction_args_keys() if x not in a]:
                 raise ValueError(f"{row.where}: {name} without {missing[0]}, which the harness would draw at random")
         prompts.append(Prompt("ifeval", i, text, 1280, (), partial(judge, text, names, arguments)))
@@ -51,24 +55,34 @@ def load(data: Path) -> list[Prompt]:
 
 def judge(prompt: str, names: tuple[str, ...], arguments: tuple[dict, ...], response: str) -> dict:
     """Which of a prompt's instructions a response follows, strictly and loosely."""
-    verdicts = {}
+    verdicts, failed = {}, []
     for how, texts in (("strict", [response]), ("loose", variants(response))):
-        held = [holds(prompt, name, given, texts) for name, given in zip(names, arguments)]
+        held = [holds(built(name, prompt, given), texts, failed) for name, given in zip(names, arguments)]
         verdicts |= {f"prompt_level_{how}_acc": float(all(held)), f"inst_level_{how}_acc": held}
-    return verdicts
+    return verdicts | {"checks_failed": 1} if failed else verdicts
 
 
-def holds(prompt: str, name: str, arguments: dict, texts: list[str]) -> bool:
-    """Whether one of the texts follows an instruction."""
+def built(name: str, prompt: str, arguments: dict):
+    """The harness's check of an instruction."""
     state = random.getstate()
     random.seed(0)  # a checker that draws a letter (UNSETTLED) always draws the same
     check = checks()[name](name)
     check.build_description(**arguments)
     if "prompt" in (check.get_instruction_args() or {}):
         check.build_description(prompt=prompt)
-    held = any(text.strip() and check.check_following(text) for text in texts)
     random.setstate(state)
-    return held
+    return check
+
+
+def holds(check, texts: list[str], failed: list[Exception]) -> bool:
+    """Whether one of the texts follows an instruction; one on which the check itself fails does not."""
+    for text in texts:
+        try:
+            if text.strip() and check.check_following(text):
+                return True
+        except Exception as e:  # of any kind: RecursionError for deep brackets
+            failed.append(e)
+    return False
 
 
 def variants(response: str) -> list[str]:
@@ -85,4 +99,5 @@ def summarize(results: Results) -> dict:
     for name in ("inst_level_strict_acc", "inst_level_loose_acc"):
         held = [h for row in rows for h in row[name]]
         out |= {name: sum(held) / len(held), "instructions": len(held)}
+    out["checks_failed"] = sum(row.get("checks_failed", 0) for row in rows)  # responses: counted as not followed
     return out | {"unsettled_keys": [key for key, row in UNSETTLED.items() if row < len(rows)]}

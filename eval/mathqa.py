@@ -17,7 +17,7 @@ def choices(options: str) -> tuple[str, ...]:
 def load(data: Path) -> list[Item]:
     items = []
     for i, row in enumerate(TEST.read(data)):
-        answers, gold = choices(row.get("options")), row.index("correct", tuple("abcde"))
+        answers, gold = row.choices(choices(row.get("options")), range(6)), row.index("correct", tuple("abcde"))
         if not answers:
             found = f"no answers in options {row.get('options')!r:.60}"
             raise ValueError(f"{row.where}: {found}; expected 'a ) 1 , b ) 2 , …'")

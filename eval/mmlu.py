@@ -5,8 +5,9 @@ from pathlib import Path
 from eval.rows import Row, Source
 from eval.score import Item, Results, mean, pooled
 
-TEST = Source("mmlu", "test.jsonl", "cais/mmlu", "all/test-*.parquet", rows=14_042)
-DEV = Source("mmlu", "dev.jsonl", "cais/mmlu", "all/dev-*.parquet", rows=285)
+CSV = ("question", *"ABCD", "answer")  # of a file SUBJECT_test.csv
+TEST = Source("mmlu", "test.jsonl", "cais/mmlu", "all/test-*.parquet", 14_042, "**/*_test.csv", CSV)
+DEV = Source("mmlu", "dev.jsonl", "cais/mmlu", "all/dev-*.parquet", 285, "**/*_dev.csv", CSV, "mmlu_5shot")
 LETTERS, ANSWERS = tuple("ABCD"), tuple("0123")
 CATEGORIES = {
     "STEM": """abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science
@@ -26,15 +27,25 @@ SUBJECTS = [subject for subjects in CATEGORIES.values() for subject in subjects]
 
 
 def block(row: Row) -> str:
-    if len(choices := row.strings("choices")) != 4:
-        raise ValueError(f"{row.where}: {len(choices)} choices, expected 4")
+    choices = row.choices(row.strings("choices"), (4,))
     lettered = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
     return f"{row.get('question').strip()}{lettered}\nAnswer:"
 
 
+def adapted(row: Row) -> Row:
+    """A row of the released CSV files, with the fields that it has on the Hub; any other row as it is."""
+    if "file" not in row.fields:
+        return row
+    if None in row.fields:
+        raise ValueError(f"{row.where}: {6 + len(row.fields[None])} cells, expected {', '.join(CSV)}")
+    fields = {"question": row.get("question"), "choices": [row.get(letter) for letter in LETTERS]}
+    answer = row.index("answer", LETTERS)
+    return Row(row.where, fields | {"answer": answer, "subject": row.get("file").rpartition("_")[0]})
+
+
 def by_subject(rows: list[Row]) -> dict[str, list[Row]]:
     found = {subject: [] for subject in SUBJECTS}
-    for row in rows:
+    for row in map(adapted, rows):
         found[SUBJECTS[row.index("subject", SUBJECTS)]].append(row)
     return found
 

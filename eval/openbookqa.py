@@ -10,4 +10,4 @@ TEST = Source("openbookqa", "test.jsonl", "allenai/openbookqa", "main/test-*.par
 
 
 def load(data: Path) -> list[Item]:
-    return [Item("openbookqa", i, *question(row, "question_stem")) for i, row in enumerate(TEST.read(data))]
+    return [Item("openbookqa", i, *question(row, "question_stem", (4,))) for i, row in enumerate(TEST.read(data))]

@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+from itertools import count
 from pathlib import Path
 
-from eval.generate import Prompt
-from eval.score import Item
-from published.files import read_json
+from filelock import FileLock  # comes with torch
+
+from eval import say
+from published.files import read_json, write_json
 from published.weights import weight_files
 
 FINGERPRINTED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+SETTINGS = {"bos": str, "dtype": str, "limit": int | None}  # which decide the scores
 HEAD = f"{'task':<16}{'items':>7}{'seconds':>9}{'items/s':>9}   scores, % (± standard error)"
 
 
@@ -17,10 +20,21 @@ def read(path: Path) -> dict:
     if not path.is_file():
         inside = f"; but {path}/eval.json is there" if (path / "eval.json").is_file() else ""
         raise ValueError(f"{path}: no such file; `python -m eval` writes it{inside}")
-    result = read_json(path)
-    if not {"model", "fingerprint", "settings", "tasks"} <= result.keys() or not isinstance(result["tasks"], dict):
-        raise ValueError(f"{path}: not a result of `python -m eval`")
+    result, where = read_json(path), f"{path}: not a result of `python -m eval`"
+    typed(where, result, {"model": str, "fingerprint": str, "settings": dict, "tasks": dict})
+    typed(where, {"run": None, "limit": None} | result | result["settings"], SETTINGS | {"run": dict | None})
+    typed(where, tasks := result["tasks"], dict.fromkeys(tasks, dict))
+    for task in tasks.values():
+        typed(where, {"made": {}} | task, {"made": dict})
     return result
+
+
+def typed(where: str, values: dict, kinds: dict) -> None:
+    """ValueError where one of the values is missing or of another type."""
+    for name, kind in kinds.items():
+        if not isinstance(values.get(name), kind):
+            expected = getattr(kind, "__name__", kind)
+            raise ValueError(f"{where} ({name} is {values.get(name)!r:.40}, expected {expected})")
 
 
 def run_of(model: Path) -> dict | None:
@@ -33,38 +47,77 @@ def run_of(model: Path) -> dict | None:
 def fingerprint(folder: Path) -> str:
     """SHA-256 of what makes the model and its texts: weights, configuration, tokenizer."""
     files = [folder / name for name in FINGERPRINTED if (folder / name).is_file()]
-    digests = []
-    for path in files + sorted(set(weight_files(folder).values())):
-        with open(path, "rb") as f:
-            digests.append(f"{path.name} {hashlib.file_digest(f, 'sha256').hexdigest()}")
+    digests = [f"{path.name} {digest(path)}" for path in files + sorted(set(weight_files(folder).values()))]
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def earlier(out: Path, about: dict, samples: dict[str, Path]) -> dict:
     """The results so far, or `about`, which has no task yet; ValueError where the files hold anything else."""
     for path in (out, *samples.values()):
         path.parent.mkdir(parents=True, exist_ok=True)
-    before = read(out) if out.exists() else about
-    was, now = before["settings"], about["settings"]
-    other = [f"results with {name} {was.get(name)}, now {now[name]}" for name in now if was.get(name) != now[name]]
-    if before["fingerprint"] != about["fingerprint"]:
-        other = [f"another model's results ({before['model']})"]
-    if other:
-        raise ValueError(f"{out}: holds {other[0]}; choose another --out, or move it away")
+    with FileLock(out.with_name(f".{out.name}.lock")):
+        before = read(out) if out.exists() else about
+    if other := difference(before, about):
+        raise ValueError(f"{out}: holds {other}; choose another --out, or move it away")
     for name, path in samples.items():
         if name not in before["tasks"] and path.exists():
             raise ValueError(f"{path}: exists; choose another --samples, or move it away")
-        if name in before["tasks"] and before["tasks"][name].get("made", {}).get("samples") != str(path):
+        made = before["tasks"].get(name, {}).get("made", {})
+        if name in before["tasks"] and not (path.is_file() and digest(path) == made.get("samples_sha256")):
             raise ValueError(f"{out}: has {name} without {path}; to score it again choose another --out")
     return before
 
 
-def write_samples(path: Path, items: list[Item] | list[Prompt], scored: list[dict]) -> None:
-    """A line for each item: what was asked, what the model gave, its metrics."""
-    rows = [json.dumps(item.asked | row, ensure_ascii=False) for item, row in zip(items, scored, strict=True)]
-    part = Path(f"{path}.part")
-    part.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-    part.rename(path)
+def difference(before: dict, about: dict) -> str:
+    """What the results before are of, where that is not the same model in the same settings."""
+    if before["fingerprint"] != about["fingerprint"]:
+        return f"another model's results ({before['model']})"
+    was, now = before["settings"], about["settings"]
+    return "".join([f"results with {x} {was.get(x)}, now {now[x]}" for x in now if was.get(x) != now[x]][:1])
+
+
+def record(out: Path, about: dict, name: str, summary: dict, samples: Path | None, rows: list[dict]) -> Path:
+    """Add a task to the results, beside what another command has written there since, and write its samples.
+
+    Returns the results file: the next free name where `out` has become that of another model or other settings.
+    """
+    with FileLock(out.with_name(f".{out.name}.lock")):
+        before = read(out) if out.exists() else about
+        if other := difference(before, about):
+            taken = f"{out}: holds {other} by now"
+            out, before = write_new(out, json.dumps(about)), about
+            say(f"{taken}; results go to {out}")
+        if name not in before["tasks"]:
+            if samples:
+                lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+                samples = write_new(samples, "".join(f"{line}\n" for line in lines))
+                summary["made"] |= {"samples": str(samples), "samples_sha256": digest(samples)}
+            before["tasks"][name] = summary
+        else:
+            say(f"{out}: another command has written {name} in the meantime; its scores and samples stay")
+        about["tasks"] |= before["tasks"]
+        write_json(out, about)
+    return out
+
+
+def write_new(path: Path, text: str) -> Path:
+    """Write a new file, and return its name: the path, or where that exists with -2, -3, … before the suffix."""
+    for n in count(1):
+        found = path if n == 1 else path.with_name(f"{path.stem}-{n}{path.suffix}")
+        try:
+            with open(found, "x", encoding="utf-8") as f:
+                f.write(text)
+            return found
+        except FileExistsError:
+            continue
+        except OSError:
+            found.unlink(missing_ok=True)
+            raise
 
 
 def line(name: str, n: int, summary: dict, seconds: float) -> str:
@@ -78,4 +131,6 @@ def line(name: str, n: int, summary: dict, seconds: float) -> str:
             label = key.removesuffix("_acc").replace("_level", "")
             scores.append(f"{label} {100 * value:.2f}" + ("" if error is None else f" ± {100 * error:.2f}"))
     scores += [f"{key} {100 * part['acc']:.2f}" for key, part in summary.get("categories", {}).items() if part["n"]]
+    if failed := summary.get("checks_failed"):
+        scores.append(f"{failed} responses broke a check (not followed)")
     return f"{name:<16}{n:>7,}{seconds:>9.1f}{n / seconds:>9.1f}   {', '.join(scores)}"

@@ -4,9 +4,10 @@ import csv
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from published.files import read_text
-from published.rows import read_parquet, read_rows
+from published.rows import half_pair, read_parquet, read_rows
 
 READ = (".parquet", ".json", ".jsonl", ".csv")
 
@@ -33,12 +34,23 @@ class Row:
             raise ValueError(f"{self.where}: expected {name} to be a list of strings, but it is {values!r:.60}")
         return tuple(values)
 
+    def choices(self, found: tuple[str, ...], counts: tuple[int, ...] | range) -> tuple[str, ...]:
+        """The choices, if there are as many as a question of this benchmark has, and none is empty."""
+        if len(found) not in counts:
+            expected = " or ".join(map(str, counts)) if len(counts) < 4 else f"{counts[0]} to {counts[-1]}"
+            raise ValueError(f"{self.where}: {len(found)} choices, expected {expected}")
+        if blank := [i for i, choice in enumerate(found) if not choice.strip()]:
+            raise ValueError(f"{self.where}: choice {blank[0]} of {len(found)} is empty (counted from 0)")
+        return found
+
     def row(self, name: str) -> "Row":
         return Row(f"{self.where}: {name}", self.get(name, dict))
 
     def index(self, name: str, options: tuple[str, ...]) -> int:
         """The place of a field's value, a text or a number, among the options."""
         value = str(self.fields.get(name)).strip()
+        if len({*options}) < len(options):
+            raise ValueError(f"{self.where}: one label twice among {', '.join(options)}")
         if value not in options:
             raise ValueError(f"{self.where}: {name} is {value!r}, expected one of {', '.join(options)}")
         return options.index(value)
@@ -53,6 +65,10 @@ class Source:
     repository: str  # on the Hub
     pattern: str  # of its files there, which keep their paths under `folder`
     rows: int  # of the complete split
+    released: str = ""  # pattern of its CSV files, where it was released as several without a header
+    columns: tuple[str, ...] = ()  # of these
+    tasks: str = ""  # whose download brings it, if it is not the folder's name
+    other: str = ""  # another release, by its number of rows: "N: what it is"
 
     def paths(self, data: Path) -> list[Path]:
         """The files that hold the split, [] where there are none."""
@@ -60,34 +76,61 @@ class Source:
         for path in (folder / self.file, folder / f"{self.file}.gz"):
             if path.is_file():
                 return [path]
+        if self.released and (found := sorted(folder.glob(self.released))):
+            return found
         return sorted(path for path in folder.glob(self.pattern) if path.name.removesuffix(".gz").endswith(READ))
 
     def read(self, data: Path) -> list[Row]:
         """Every row of the split, in the file's order; ValueError where it is missing, damaged or cut short."""
-        tasks = "truthfulqa_mc,truthfulqa_gen" if self.folder == "truthfulqa" else self.folder
-        fetch = f"fetch it with: python -m eval.download --tasks {tasks} --to {data}"
-        if not Path(data).is_dir():
-            raise ValueError(f"{data}: no such folder; --data holds a folder for each benchmark; {fetch}")
-        paths = self.paths(data)
+        paths, fetch = self.paths(data), how_to_fetch([self.tasks or self.folder], data)
         if not paths:
-            where = Path(data) / self.folder
-            raise ValueError(f"{where}: no {self.file} (or .gz), nor the Hub's {self.pattern}; {fetch}")
-        rows = [row for path in paths for row in read_file(path)]
+            raise ValueError(f"{self.missing(data)}; {fetch}")
+        rows = [row for path in paths for row in read_file(path, self.columns)]
         if len(rows) != self.rows:
-            found = f"{len(rows):,} rows, but the benchmark has {self.rows:,}"
-            raise ValueError(f"{', '.join(map(str, paths))}: {found}; cut short? Move it away and {fetch}")
+            count, _, what = self.other.partition(": ")
+            why = what if count == str(len(rows)) else "cut short?"
+            found = f"{len(rows):,} rows, but the benchmark has {self.rows:,}; {why}"
+            raise ValueError(f"{listed(paths)}: {found} Move {'it' if len(paths) == 1 else 'them'} away and {fetch}")
         return rows
 
+    def missing(self, data: Path) -> str:
+        if not Path(data).is_dir():
+            return f"{data}: no such folder; --data holds a folder for each benchmark"
+        names = [f"{self.file} (or .gz)", self.released, f"the Hub's {self.pattern}"]
+        return f"{Path(data) / self.folder}: no {', nor '.join(filter(None, names))}"
 
-def read_file(path: Path) -> list[Row]:
-    """The rows of a JSON, JSONL, CSV (each perhaps gzipped) or parquet file."""
+
+def how_to_fetch(tasks: list[str], data: Path) -> str:
+    return f"fetch with: python -m eval.download --tasks {','.join(tasks)} --to {quote(str(data))}"
+
+
+def listed(paths: list[Path]) -> str:
+    return ", ".join(map(str, paths)) if len(paths) < 4 else f"{paths[0]} and {len(paths) - 1} more"
+
+
+def read_file(path: Path, columns: tuple[str, ...] = ()) -> list[Row]:
+    """The rows of a JSON, JSONL, CSV (each perhaps gzipped) or parquet file; columns: of a CSV without a header."""
     if path.suffix == ".parquet":
         rows = read_parquet(path)
     elif ".csv" in path.suffixes:
         try:
-            rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+            rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), columns or None))
+            rows = [row | {"file": path.stem} for row in rows] if columns else rows
         except csv.Error as e:
             raise ValueError(f"{path}: not CSV ({e}); is a quotation mark left open?") from e
     else:
-        return [Row(where, row) for where, row in read_rows(path)]
+        found = [Row(where, row) for where, row in read_rows(path)]
+        for row in found:  # the other kinds hold no half of a pair
+            intact(row.where, row.fields)
+        return found
     return [Row(f"{path}: row {i}", row) for i, row in enumerate(rows, 1)]
+
+
+def intact(where: str, value, name: str = "") -> None:
+    """ValueError for a text within a row's value that is not Unicode."""
+    if isinstance(value, str) and (half := half_pair(value)):
+        raise ValueError(f"{where}: {name} holds {half}, half of a surrogate pair")
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
+        if isinstance(key, str):
+            intact(where, key, f"a name in {name or 'the row'}")
+        intact(where, part, f"{name}[{key}]" if isinstance(key, int) else f"{name}.{key}".lstrip("."))

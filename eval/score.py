@@ -45,7 +45,7 @@ class Item:
     def score(self, log_likelihoods: np.ndarray) -> dict[str, float]:
         """The item's metrics, from (choices,) float64 nats; the first of equal maxima wins."""
         if isinstance(self.gold, tuple):
-            p = np.exp(log_likelihoods)
+            p = np.exp(log_likelihoods - log_likelihoods.max())  # however unlikely all of them are
             return {"acc": float((p / p.sum())[np.array(self.gold) == 1].sum())}
         lengths = np.array([len(choice) for choice in self.choices])  # characters
         per_character = np.divide(log_likelihoods, lengths, out=np.full(len(lengths), -np.inf), where=lengths > 0)
@@ -99,23 +99,28 @@ class Encoder:
                 found[i] = [self.tokenizer.bos, *found[i]]
         return found
 
-    def pairs(self, requests: list[tuple[str, str]]) -> Iterator[Pair]:
+    def pairs(self, requests: list[tuple[str, str]], names: list[str] | None = None) -> Iterator[Pair]:
         """(context, continuation) of each request, in tokens.
 
         White space at the end of a context moves to the continuation. The continuation's tokens are tokens(context +
         continuation)[len(tokens(context)):]; if a merge spans the boundary, the two parts do not concatenate to
         tokens(context + continuation). A context without tokens, which no benchmark here has, becomes a BOS.
+        A continuation without a token of its own would be certain: ValueError with the request's name.
         """
         for start in range(0, len(requests), ENCODED_AT_ONCE):
             chunk = requests[start : start + ENCODED_AT_ONCE]
             contexts = list(dict.fromkeys(context for context, _ in chunk))
             ids = dict(zip(contexts, self([context.rstrip() for context in contexts])))
-            for (context, continuation), both in zip(chunk, self(["".join(request) for request in chunk])):
+            both_ids = self(["".join(request) for request in chunk])
+            for i, ((context, continuation), both) in enumerate(zip(chunk, both_ids), start):
                 head, tail = ids[context], both[len(ids[context]) :]
                 if not context:
                     head, tail = [], self.bare(continuation)
                 if not head:  # a continuation that begins with the BOS brings its own
                     head, tail = [self.tokenizer.bos], tail[tail[:1] == [self.tokenizer.bos] :]
+                if not tail:
+                    found = f"this tokenizer leaves {continuation!r} no token of its own after {context[-20:]!r}"
+                    raise ValueError(f"{names[i] if names else f'request {i}'}: {found}; it cannot be scored")
                 yield packed(head), tail
 
 
@@ -177,7 +182,8 @@ def score(
     def work() -> list[dict]:
         mine = [item for item in items if item.doc_id % ranks.size == ranks.rank]
         asked = [(item.context, choice) for item in mine for choice in item.asked["continuations"]]
-        pairs = tqdm(encoder.pairs(asked), f"{name}: tokens", len(asked), disable=None, leave=False)
+        names = [f"{item.task}: item {item.doc_id}, choice {i}" for item in mine for i in range(len(item.choices))]
+        pairs = tqdm(encoder.pairs(asked, names), f"{name}: tokens", len(asked), disable=None, leave=False)
         found, out = log_likelihoods(model, list(pairs), max_tokens, name), []
         ends = np.cumsum([len(item.choices) for item in mine])[:-1]
         for item, values, greedy in zip(mine, *(np.split(x, ends) for x in found)):

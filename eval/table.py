@@ -14,12 +14,14 @@ from statistics import fmean, stdev
 if not __package__:  # python PATH/eval/table.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from eval import command_line, paper, results
+from eval import command_line, paper, results, say
 from support.checkpoint import training
 
 BASELINE, PAPER = "Baseline-SFT", "paper"
 METHODS = {"none": BASELINE, "rho1": "Rho-1", "tfidf": "TF-IDF", "llmlingua2": "LLMLingua-2"}
-RUN = {"model", "data", "grouper", "lam_max", "objective", "scope", "seed"}  # what is read of a run's configuration
+# What is read of a run's configuration, and its types.
+RUN = dict.fromkeys(("model", "data", "grouper", "objective", "scope"), str) | {"lam_max": int | float}
+RUN |= {"seed": int, "digests": dict}
 TRUTHFULQA = ("BLEU", "ROUGE1", "ROUGE2", "ROUGEL", "MC1", "MC2")
 IFEVAL = ("Inst loose", "Inst strict", "Prompt loose", "Prompt strict")
 SUBJECT = ("MMLU:0", "MMLU:5", "MathQA", "ARC-C", "OpenBookQA")
@@ -66,20 +68,22 @@ class Entry:
         if column not in self.numbers:
             return "–"
         mean, sd = self.numbers[column]
-        text = format(mean, "+.2f" if column in GAINS.values() else ".2f")
+        text = format(round(mean, 2) + 0.0, "+.2f" if column in GAINS.values() else ".2f")  # -0.0 + 0.0 is 0.0
         text += "‡" * (self.note == PAPER and text in paper.INCONSISTENT.get(table, ()))
         return text if sd is None or table == 3 else f"{text} ± {sd:.2f}"
 
 
-def scores(tasks: dict) -> dict[str, float]:
+def scores(tasks: dict, file: Path) -> dict[str, float]:
     """Every column of one model's tasks, in percent; an average needs all of its parts."""
     out = {}
     for column, path in PATHS.items():
         value = tasks
         for key in path:
-            value = value.get(key, {})
-        if isinstance(value, float):
+            value = value.get(key, {}) if isinstance(value, dict) else None
+        if type(value) in (int, float) and -1e-9 <= value <= 1 + 1e-9:
             out[column] = 100 * value
+        elif value != {}:
+            raise ValueError(f"{file}: {' '.join(path)} is {value!r:.40}, expected a share from 0 to 1")
     for column, parts in AVERAGES.items():
         if all(part in out for part in parts):
             out[column] = fmean(out[part] for part in parts)
@@ -111,8 +115,8 @@ def read_rows(paths: list[Path]) -> tuple[list[Entry], dict]:
     for path in paths:
         result = results.read(path)
         run, settings = result.get("run"), settings or result["settings"]
-        if run is not None and not (isinstance(run, dict) and run.keys() >= RUN):
-            raise ValueError(f"{path}: its run is not a configuration of train.py")
+        if run is not None:
+            results.typed(f"{path}: its run is not a configuration of train.py", {"digests": {}} | run, RUN)
         if (given := result["settings"]) != settings:
             raise ValueError(f"{path}: scored with {given}, but {paths[0]} with {settings}; one table has one setting")
         config = training(run, run.get("digests", {})) if run else {"model": result["model"]}
@@ -128,7 +132,7 @@ def read_rows(paths: list[Path]) -> tuple[list[Entry], dict]:
                 raise ValueError(f"{path}: {name} has another score than in {file}, of the same model; leave one out")
     rows = list(found.values())
     for row in rows:
-        row.numbers = over_seeds([scores(tasks) for _, _, tasks in row.seeds.values()])
+        row.numbers = over_seeds([scores(tasks, file) for _, file, tasks in row.seeds.values()])
     tell_apart(rows)
     baselines = {(row.data, row.base): row.numbers for row in rows if row.label == BASELINE}  # none of several
     for row in rows:
@@ -269,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{args.results[0]}: no task in it that the tables have")
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    print("\n\n".join(found))
+    say("\n\n".join(found))
 
 
 if __name__ == "__main__":

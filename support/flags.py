@@ -1,23 +1,29 @@
 """A frozen dataclass as a command line: one flag for each field."""
 
 import argparse
-import difflib
+import sys
 from dataclasses import fields
+from difflib import get_close_matches
 from functools import partial
 from typing import get_args
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose complaint of an unknown flag names the nearest that it knows."""
+    """Names the nearest flag beside one that there is not: by its letters, or one whose help has its words."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.given = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
-        unknown = [word for word in message.split() if word.startswith("-")]
-        if message.startswith("unrecognized arguments") and unknown:
-            flag, known = unknown[0].partition("=")[0].replace("_", "-").lower(), self._option_string_actions
+        known = self._option_string_actions
+        names = [flag.partition("=")[0] for flag in self.given if flag.startswith("--")]
+        for name in [name for name in names if name not in ("--", *known)]:
+            flag = name.replace("_", "-").lower()
             words = flag.strip("-").replace("-", " ")  # --learning-rate: those words in the help of --lr
-            near = [name for name, action in known.items() if len(words) > 3 and words in (action.help or "").lower()]
-            near = difflib.get_close_matches(flag, known, 1) or near
-            message += f"; did you mean {near[0]}?" if near else "; --help lists them all"
+            near = [x for x, action in known.items() if len(words) > 3 and words in (action.help or "").lower()]
+            near = get_close_matches(flag, known, 1) or near
+            message += f"; no flag {name}" * (name not in message) + (f"; nearest: {near[0]}" if near else "")
         super().error(message)
 
 

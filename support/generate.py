@@ -66,6 +66,9 @@ def generate(
         top_p:       sample from the smallest set of tokens that holds this much probability.
         stop_ids:    tokens that end a sequence.
         ended:       asked after each new token, with a sequence's new tokens so far; True ends it.
+
+    Raises:
+        ValueError: also where the logits after a sequence that has not ended are not finite.
     """
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, each of at least one token (a BOS counts)")
@@ -91,6 +94,8 @@ def generate(
         for i, t in zip(owner, token.tolist()):
             if i in done:
                 continue
+            if t < 0:
+                raise ValueError(f"the model's logits are not finite (prompt {i + 1}, new token {n}); has it diverged?")
             if t not in stops:
                 new[i].append(t)
             if t in stops or ended(new[i]):
@@ -103,14 +108,15 @@ def generate(
             token, position = token[keep], position[keep]
             cache.keep(keep)
         cache.grow(position)
-        hidden, position = model(token[:, None], cache)[:, 0], position + 1  # (B, D)
+        hidden, position = model(token.clamp(min=0)[:, None], cache)[:, 0], position + 1  # (B, D)
     return new
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token id for each row of (B, V) logits: (B,)."""
+    """One token id for each row of (B, V) logits, -1 where they are not finite: (B,)."""
+    finite = logits.isfinite().all(1)  # (B,); told by the token, which is read anyway
     if temperature == 0:
-        return logits.argmax(1)
-    p, ids = (logits / temperature).softmax(1).sort(1, descending=True)  # (B, V)
+        return logits.argmax(1).where(finite, -1)
+    p, ids = (logits.where(finite[:, None], 0.0) / temperature).softmax(1).sort(1, descending=True)  # (B, V)
     p = p * (p.cumsum(1) - p < top_p)  # what stands before a token must leave it room; the first always stays
-    return ids.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
+    return ids.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1).where(finite, -1)

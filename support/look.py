@@ -196,6 +196,8 @@ def overlaps(a: View, looked: list[View]) -> list[float]:
 
 # As a page.
 
+# How it begins.
+PAGE = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="generator" content="support.look">'
 STYLE = """
 body { font: 15px/1.6 system-ui, sans-serif; margin: 0 auto; max-width: 110rem; padding: 1rem }
 body { color: #1a1a1a; background: #fff }
@@ -227,7 +229,7 @@ def page(corpus: Corpus, shown: list[int], looked: list[View], tokenizer: Tokeni
         for name, view in zip(names, looked)
     ]
     out = [
-        '<!doctype html><html lang="en"><meta charset="utf-8">',
+        PAGE,
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
         f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>",
@@ -310,6 +312,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--stats {args.stats} --context {args.context}: expected at least 0 samples and 2 tokens")
     if args.html and not Path(args.html).absolute().parent.is_dir():
         parser.error(f"--html {args.html}: no such folder; create it first")
+    if args.html and Path(args.html).is_dir():
+        parser.error(f"--html {args.html}: a folder, expected a file")
+    if args.html and Path(args.html).is_file():  # not /dev/stdout
+        with open(args.html, "rb") as f:
+            if f.read(len(PAGE)) not in (PAGE.encode(), b""):
+                parser.error(f"--html {args.html}: exists, and is no page of support.look; choose another name")
     return args
 
 

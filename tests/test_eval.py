@@ -1,9 +1,12 @@
 """The scorer against plain loops, the benchmarks' prompts to the last space, generation, and the command."""
 
+import copy
+import csv
 import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,19 +18,20 @@ import numpy as np
 import pytest
 import torch
 from benchmarks import DATA, needs_data
+from safetensors.torch import load_file, save_file
 from stories260k import SHARED
 from tiny import tiny_folder
 
 import eval.__main__ as command
 from eval import arc_challenge, hellaswag, mathqa, mmlu, openbookqa, results, score, truthfulqa
 from eval.benchmarks import BENCHMARKS, task_names
-from eval.generate import end_tokens, respond, stopped, trimmed
+from eval.generate import end_tokens, not_greedy, respond, stopped, trimmed
 from eval.rows import Row, Source, read_file
 from eval.score import Encoder, Item, log_likelihoods, mean, pooled, predict
 from eval.sharing import Tree, pack, packed, unpacked
 from model import Llama, Packed
 from published.tokenizer import Tokenizer
-from support.generate import generate
+from support.generate import generate, sample
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "demo" / "base"
@@ -300,14 +304,16 @@ def test_the_seam_is_cut_by_the_context_s_own_tokens(tiny):
     context, continuation = split("the water \n", " was")
     assert unpacked(context).tolist() == encode("the water")
     assert continuation == encode("the water \n was")[len(encode("the water")) :]
-    merged = next(
-        (a, b) for a, b in [("th", "e"), ("wate", "r"), ("a", "nd")] if encode(a + b) != encode(a) + encode(b)
-    )
+    merged = ("the wat", "er and")  # "er" ends in the context's last token
+    assert encode("".join(merged))[:3] != encode(merged[0]) and len(encode(merged[0])) == 3
     context, continuation = split(*merged)
     assert (
         unpacked(context).tolist() == encode(merged[0])
         and continuation == encode("".join(merged))[len(encode(merged[0])) :]
     )
+    for swallowed in (("th", "e"), ("the", "")):
+        with pytest.raises(ValueError, match="item 3, choice 2: this tokenizer leaves .* no token of its own"):
+            list(encoder.pairs([("the", " water"), swallowed], ["first", "item 3, choice 2"]))
     for nothing in ("", "  ", "\n\n"):
         assert split(nothing, " a") == (packed([tokenizer.bos]), encode(f"{nothing} a"))
     assert split("", f"{tokenizer.bos_token} a") == (packed([tokenizer.bos]), encode(" a"))
@@ -316,6 +322,7 @@ def test_the_seam_is_cut_by_the_context_s_own_tokens(tiny):
 
 
 # The benchmarks, on rows made up for it.
+QUESTION = {"question": {"stem": "s", "choices": [{"text": f"t{x}", "label": x} for x in "ABCD"]}, "answerKey": "A"}
 
 
 def given(tmp_path, monkeypatch, source: Source, rows: list[dict], module, name: str) -> Path:
@@ -374,7 +381,7 @@ def test_mmlu_is_summed_over_items_not_over_subjects():
 @pytest.mark.parametrize("hub", [False, True])
 def test_arc_and_openbookqa_prompts(tmp_path, monkeypatch, hub):
     def row(stem, name, key):
-        choices = [("one", "1"), ("two", "2"), ("three", "3")]
+        choices = [("one", "1"), ("two", "2"), ("three", "3"), ("four", "4")]
         if hub:
             return {
                 name: stem,
@@ -385,10 +392,10 @@ def test_arc_and_openbookqa_prompts(tmp_path, monkeypatch, hub):
 
     data = given(tmp_path, monkeypatch, arc_challenge.TEST, [row(" Why? ", "question", "2")], arc_challenge, "TEST")
     assert arc_challenge.load(data) == [
-        Item("arc_challenge", 0, "Question:  Why? \nAnswer:", ("one", "two", "three"), 1)
+        Item("arc_challenge", 0, "Question:  Why? \nAnswer:", ("one", "two", "three", "four"), 1)
     ]
     given(tmp_path, monkeypatch, openbookqa.TEST, [row("The sun is ", "question_stem", " 3")], openbookqa, "TEST")
-    assert openbookqa.load(data) == [Item("openbookqa", 0, "The sun is ", ("one", "two", "three"), 2)]
+    assert openbookqa.load(data) == [Item("openbookqa", 0, "The sun is ", ("one", "two", "three", "four"), 2)]
 
 
 @pytest.mark.fast
@@ -578,24 +585,25 @@ def test_the_command_scores_resumes_and_changes_nothing_that_it_has(tmp_path, he
     first = run("--tasks", "arc_challenge,mmlu", *flags, cwd=tmp_path, program=(str(ROOT / "eval"),))
     assert first.returncode == 0, first.stderr
     assert re.search(r"^arc_challenge +2 +\d+\.\d +\d+\.\d +acc \d+\.\d\d ± \d+\.\d\d, acc_norm", first.stdout, re.M)
-    assert "3.4M parameters in bfloat16" in first.stdout and "results go to eval-base.json" in first.stdout
-    before = json.loads((tmp_path / "eval-base.json").read_text())
+    assert "3.4M parameters in bfloat16" in first.stdout and "results go to eval-base-limit-2.json" in first.stdout
+    before = json.loads((tmp_path / "eval-base-limit-2.json").read_text())
     assert before["tasks"]["mmlu"]["n"] == 2 * 57 and len(before["tasks"]["mmlu"]["subjects"]) == 57
     assert before["tasks"]["mmlu"]["made"]["versions"]["torch"] == torch.__version__
     assert before["tasks"]["mmlu"]["made"]["samples"] == str(tmp_path / "items.mmlu.jsonl")
     kept = {name: (tmp_path / f"items.{name}.jsonl").read_bytes() for name in ("arc_challenge", "mmlu")}
     assert "already has arc_challenge\n" in here("--tasks", "arc_challenge,openbookqa", *flags)
-    after = json.loads((tmp_path / "eval-base.json").read_text())
+    after = json.loads((tmp_path / "eval-base-limit-2.json").read_text())
     assert after["tasks"].pop("openbookqa")["n"] == 2 and after == before
     assert kept == {name: (tmp_path / f"items.{name}.jsonl").read_bytes() for name in kept}
     files = {f"items.{name}.jsonl": 2 * (57 if name == "mmlu" else 1) for name in (*kept, "openbookqa")}
-    assert {path.name for path in tmp_path.iterdir()} == {"eval-base.json", *files}
+    here_now = {path.name for path in tmp_path.iterdir()} - {".eval-base-limit-2.json.lock"}  # with an older filelock
+    assert here_now == {"eval-base-limit-2.json", *files}
     assert {name: len(json_lines(tmp_path / name)) for name in files} == files
     row = json_lines(tmp_path / "items.arc_challenge.jsonl")[0]
     asked = {"task", "doc_id", "prompt", "gold", "continuations"}
     assert row.keys() == asked | {"loglikelihoods", "greedy", "metrics"} and row["prompt"].startswith("Question: ")
     assert all(choice.startswith(" ") for choice in row["continuations"])
-    table = run("eval-base.json", cwd=tmp_path, program=(str(ROOT / "eval" / "table.py"),))
+    table = run("eval-base-limit-2.json", cwd=tmp_path, program=(str(ROOT / "eval" / "table.py"),))
     assert table.returncode == 0 and "| base | as given | 1 |" in table.stdout, table.stderr
 
 
@@ -660,7 +668,7 @@ def test_missing_truncated_and_foreign_files_are_refused(refused, tmp_path):
     folder.mkdir(parents=True)
     told = refused(*flags)
     assert "openbookqa: no test.jsonl" in told and "python -m eval.download --tasks openbookqa --to d" in told
-    row = {"question": {"stem": "s", "choices": [{"text": "t", "label": "A"}]}, "answerKey": "A"}
+    row = QUESTION
     whole = "".join(json.dumps(row) + "\n" for _ in range(500))
     (folder / "test.jsonl").write_text(whole[: len(whole) // 2 + 9])
     assert "test.jsonl:" in refused(*flags) and "not JSON" in refused(*flags)
@@ -682,7 +690,7 @@ def test_missing_truncated_and_foreign_files_are_refused(refused, tmp_path):
 
 @pytest.mark.fast
 def test_a_model_folder_without_tokenizer_or_another_model_s_results_are_refused(refused, tmp_path, monkeypatch):
-    row = {"question": {"stem": "s", "choices": [{"text": "t", "label": "A"}]}, "answerKey": "A"}
+    row = QUESTION
     data = given(tmp_path, monkeypatch, openbookqa.TEST, [row], openbookqa, "TEST")
     flags = ("--tasks", "openbookqa", "--data", str(data))
     bare = tiny_folder(tmp_path / "bare")
@@ -709,7 +717,7 @@ def test_a_model_folder_without_tokenizer_or_another_model_s_results_are_refused
 
 @pytest.mark.fast
 def test_samples_are_never_written_over_another_file(refused, tmp_path, monkeypatch):
-    row = {"question": {"stem": "s", "choices": [{"text": "t", "label": "A"}]}, "answerKey": "A"}
+    row = QUESTION
     data = given(tmp_path, monkeypatch, openbookqa.TEST, [row], openbookqa, "TEST")
     flags = ("--model", str(BASE), "--tasks", "openbookqa", "--data", str(data), "--samples", "s.jsonl")
     (tmp_path / "s.openbookqa.jsonl").write_text("mine\n")
@@ -767,11 +775,18 @@ def test_what_stops_one_rank_stops_both(tmp_path):
     assert done.returncode != 0 and "model.safetensors: a damaged safetensors file" in done.stderr
 
 
+def put_empty(data: Path, benchmark: str) -> None:
+    for source in BENCHMARKS[benchmark].sources:
+        (data / source.folder).mkdir(parents=True)
+        (data / source.folder / source.file).touch()
+
+
 @pytest.mark.parametrize(
     "benchmark, package, said",
     [("truthfulqa_gen", "sacrebleu", "sacrebleu"), ("ifeval", "langdetect", "lm-evaluation-harness")],
 )
-def test_a_missing_extra_is_named_with_its_command(refused, benchmark, package, said, monkeypatch):
+def test_a_missing_extra_is_named_with_its_command(refused, tmp_path, benchmark, package, said, monkeypatch):
+    put_empty(tmp_path / "d", benchmark)
     from eval import ifeval
 
     ifeval.checks.cache_clear(), truthfulqa.metrics.cache_clear()
@@ -783,7 +798,8 @@ def test_a_missing_extra_is_named_with_its_command(refused, benchmark, package, 
     assert "or score the others: --tasks mmlu,mmlu_5shot" in told
 
 
-def test_missing_punkt_tab_is_said_with_the_command_that_fetches_it(refused, monkeypatch):
+def test_missing_punkt_tab_is_said_with_the_command_that_fetches_it(refused, tmp_path, monkeypatch):
+    put_empty(tmp_path / "d", "ifeval")
     nltk = pytest.importorskip("nltk", reason='IFEval splits sentences with nltk: pip install -e ".[harness]"')
     pytest.importorskip("langdetect", reason='IFEval guesses languages with langdetect: pip install -e ".[harness]"')
     from eval import ifeval
@@ -792,3 +808,342 @@ def test_missing_punkt_tab_is_said_with_the_command_that_fetches_it(refused, mon
     monkeypatch.setattr(nltk.data, "path", ["/nowhere"])
     told = refused("--model", str(BASE), "--tasks", "ifeval", "--data", "d")
     assert "python -m nltk.downloader punkt_tab" in told
+
+
+# What other people's files, models and data do.
+
+
+def changed(tmp_path, factor: float, name="model") -> Path:
+    """demo/base with the weight of its last norm multiplied."""
+    folder = tmp_path / name
+    shutil.copytree(BASE, folder)
+    tensors = load_file(BASE / "model.safetensors")
+    tensors["model.norm.weight"] *= factor
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "nats", [[-800.0, -801.0, -802.0], [-5.0, -6.0, -7.0], [-1e30, -1e30, -2e30], [0.0, -1e4, -1e5]]
+)
+def test_mc2_is_finite_however_unlikely_all_answers_are(nats):
+    item = Item("truthfulqa_mc2", 0, "Q", ("a", "b", "c"), (1, 0, 0), ("acc",))
+    p = np.exp(np.array(nats) - max(nats))
+    assert item.score(np.array(nats))["acc"] == pytest.approx(p[0] / p.sum(), rel=1e-12)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
+def test_a_token_is_told_from_logits_that_are_not_finite(odd, temperature):
+    logits = torch.tensor([[0.0, 9.0, 0.0], [0.0, odd, 0.0], [50.0, 0.0, 0.0]])
+    generator = torch.Generator().manual_seed(0)
+    assert sample(logits, temperature, 0.5, generator).tolist() == [1, -1, 0]
+
+
+@pytest.mark.fast
+def test_a_model_of_nan_writes_nothing(tiny):
+    model, tokenizer = tiny
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match=r"logits are not finite \(prompt 1, new token 1\)"):
+            generate(broken, [[3, 4], [5]], 4, temperature)
+    with pytest.raises(ValueError, match="^ifeval: the model's logits are not finite"):
+        respond(broken, Encoder(tokenizer), [("a", 4, ())], (), name="ifeval")
+
+
+@pytest.mark.fast
+def test_a_sequence_that_has_ended_may_turn_to_nan(tiny):
+    class Late(torch.nn.Module):
+        """The head of a model, nan for row 0 from the second token on."""
+
+        def __init__(self, head):
+            super().__init__()
+            self.weight, self.calls = head.weight, 0
+
+        def forward(self, hidden):
+            logits = hidden @ self.weight.T
+            self.calls += 1
+            logits[0] = float("nan") if self.calls > 1 and len(logits) == 3 else logits[0]
+            return logits
+
+    model, _ = tiny
+    prompts, broken = [[3], [4], [5]], copy.deepcopy(model)
+    broken.lm_head = Late(model.lm_head)
+    first = generate(model, prompts[:1], 1)[0]
+    ended = lambda new: new == first and len(new) == 1  # noqa: E731
+    found = generate(broken, prompts, 3, ended=ended)
+    assert found == generate(model, prompts, 3, ended=ended) and len(found[0]) == 1
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("stop", ["問題：", "سۇئال:", "प्रश्न:", "\n\n", "👩‍👩‍👧", "é\u0301x"])
+def test_stop_strings_are_found_where_every_token_is_a_byte(stop):
+    decode = lambda ids: bytes(ids).decode(errors="replace")  # noqa: E731
+    ids = list(f"Yes, {'ß' * 30} {stop}".encode())
+    assert [stopped(ids[:i], (stop, "never"), decode) for i in range(len(ids) + 1)] == [False] * len(ids) + [True]
+
+
+@pytest.mark.fast
+def test_neutral_settings_are_greedy_and_others_are_named(tmp_path, tiny):
+    neutral = {"num_beams": 1, "do_sample": False, "temperature": 0.6, "top_p": 0.9, "top_k": 50, "length_penalty": 2.0}
+    neutral |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": None, "bad_words_ids": []}
+    assert not_greedy(neutral | {"early_stopping": True, "diversity_penalty": 0.0, "forced_bos_token_id": None}) == []
+    odd = {"num_beams": 4, "min_new_tokens": 5, "suppress_tokens": [3], "repetition_penalty": 1.1, "penalty_alpha": 0.6}
+    assert sorted(not_greedy(neutral | odd)) == sorted(odd)
+    for name, value in odd.items():
+        (tmp_path / "generation_config.json").write_text(json.dumps(neutral | {name: value}))
+        with pytest.raises(ValueError, match=f"{name} is .*plain greedy"):
+            end_tokens(tmp_path, tiny[1])
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"stem": "half \ud83d"}, r"question.stem holds \ud83d, half of a surrogate pair"),
+        ({"choices": [{"text": "\udc00 x", "label": x} for x in "ABCD"]}, r"question.choices[0].text holds \udc00"),
+        ({"\ud83d": 1}, r"a name in question holds \ud83d"),
+        ({"choices": [{"text": x, "label": x} for x in "ABC"]}, "3 choices, expected 4"),
+        ({"choices": [{"text": x, "label": x} for x in "ABCDE"]}, "5 choices, expected 4"),
+        ({"choices": [{"text": x, "label": x} for x in "AABC"]}, "one label twice among A, A, B, C"),
+        ({"choices": [{"text": x.strip("B"), "label": x} for x in "ABCD"]}, "choice 1 of 4 is empty"),
+    ],
+)
+def test_a_row_that_cannot_be_scored_is_named_with_its_line(tmp_path, monkeypatch, change, said):
+    rows = [QUESTION, QUESTION | {"question": QUESTION["question"] | change}]
+    data = given(tmp_path, monkeypatch, openbookqa.TEST, rows, openbookqa, "TEST")
+    with pytest.raises(ValueError, match=re.escape(f"test.jsonl:2: {said}")):
+        openbookqa.load(data)
+
+
+@pytest.mark.fast
+def test_other_benchmarks_count_their_choices_too(tmp_path, monkeypatch):
+    row = {"activity_label": "Row", "ctx": "A man sits.", "endings": ["a", "b", "c"], "label": 0}
+    data = given(tmp_path, monkeypatch, hellaswag.VALIDATION, [row], hellaswag, "VALIDATION")
+    with pytest.raises(ValueError, match="hellaswag_val.jsonl:1: 3 choices, expected 4"):
+        hellaswag.load(data)
+    given(
+        tmp_path,
+        monkeypatch,
+        hellaswag.VALIDATION,
+        [row | {"endings": ["a", "b", "[x]", "d"]}],
+        hellaswag,
+        "VALIDATION",
+    )
+    with pytest.raises(ValueError, match="choice 2 of 4 is empty"):
+        hellaswag.load(data)
+    two = {"question": {"stem": "s", "choices": QUESTION["question"]["choices"][:2]}, "answerKey": "A"}
+    given(tmp_path, monkeypatch, arc_challenge.TEST, [two], arc_challenge, "TEST")
+    with pytest.raises(ValueError, match="2 choices, expected 3 or 4 or 5"):
+        arc_challenge.load(data)
+    with pytest.raises(ValueError, match="f:1: mc2_targets: expected answers, each with a label 0 or 1, and both"):
+        truthfulqa.targets(Row("f:1", {"mc2_targets": {"a": 1, "b": 1}}), "mc2_targets")
+
+
+@needs_data
+@pytest.mark.parametrize("place", ["data/{0}", "{0}"])
+def test_mmlu_is_read_as_it_was_released(tmp_path, place):
+    for split, source in (("test", mmlu.TEST), ("dev", mmlu.DEV)):
+        folder = tmp_path / "mmlu" / place.format(split)
+        folder.mkdir(parents=True)
+        for subject, rows in mmlu.by_subject(source.read(DATA)).items():
+            with open(folder / f"{subject}_{split}.csv", "w", newline="", encoding="utf-8") as f:
+                lines = [[x.get("question"), *x.strings("choices"), "ABCD"[int(x.fields["answer"])]] for x in rows]
+                csv.writer(f).writerows(lines)
+    assert BENCHMARKS["mmlu_5shot"].load(tmp_path) == BENCHMARKS["mmlu_5shot"].load(DATA)
+    (folder / "anatomy_dev.csv").write_text('Which?,a,b,c,d,"A",more\n')
+    with pytest.raises(ValueError, match=r"abstract_algebra_dev.csv and 56 more: 281 rows.*has 285"):
+        mmlu.DEV.read(tmp_path)
+    with pytest.raises(ValueError, match=r"anatomy_dev.csv: row 1: 7 cells, expected question"):
+        mmlu.adapted(read_file(folder / "anatomy_dev.csv", mmlu.CSV)[0])
+    (folder / "anatomy_dev.csv").write_text("Which?,a,b,c,A\n")
+    with pytest.raises(ValueError, match=r"anatomy_dev.csv: row 1: answer is 'None'"):
+        mmlu.adapted(read_file(folder / "anatomy_dev.csv", mmlu.CSV)[0])
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("source", [truthfulqa.CHOICE, truthfulqa.ANSWERS])
+def test_truthfulqa_s_newer_release_is_called_by_its_name(tmp_path, source):
+    (tmp_path / "truthfulqa").mkdir()
+    head, row = ("Question,Best Answer\n", "q,a\n") if source.file.endswith(".csv") else ("", '{"question": "q"}\n')
+    (tmp_path / "truthfulqa" / source.file).write_text(head + 790 * row)
+    with pytest.raises(
+        ValueError, match=r"790 rows, but the benchmark has 817; this is the release of 2025; .*Move it"
+    ):
+        source.read(tmp_path)
+
+
+@pytest.mark.fast
+def test_one_command_fetches_all_that_is_missing(refused, tmp_path):
+    told = refused("--model", "m", "--tasks", "openbookqa,mmlu_5shot,truthfulqa_mc", "--data", "no where")
+    command = "python -m eval.download --tasks openbookqa,mmlu_5shot,truthfulqa_mc --to 'no where'"
+    assert "no where: no such folder" in told and told.endswith(command)
+    put_empty(tmp_path / "d", "openbookqa")
+    told = refused("--model", "m", "--tasks", "openbookqa,mmlu_5shot,hellaswag", "--data", "d")
+    assert "d/mmlu: no dev.jsonl" in told and told.endswith("eval.download --tasks mmlu_5shot,hellaswag --to d")
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--modle", "x"], "required: --model; no flag --modle; nearest: --model"),
+        (["--model", "x", "--task", "mmlu"], "unrecognized arguments: --task mmlu; nearest: --tasks"),
+        (["--model", "x", "--sample=s.jsonl"], "--sample=s.jsonl; nearest: --samples"),
+        (["--model", "x", "--zzz"], "unrecognized arguments: --zzz\n"),
+    ],
+)
+def test_an_unknown_flag_names_the_nearest(flags, said, capsys):
+    with pytest.raises(SystemExit):
+        command.parse_args(flags)
+    assert said in capsys.readouterr().err
+
+
+@pytest.fixture
+def about(tmp_path):
+    """The results of a model before its first task."""
+    settings = {"bos": "never", "dtype": "bfloat16", "limit": None}
+    return lambda print: {"model": "m", "fingerprint": print, "run": None, "settings": settings, "tasks": {}}
+
+
+def summary(n: int) -> dict:
+    return {"n": n, "made": {}}
+
+
+@pytest.mark.fast
+def test_commands_at_once_lose_nothing_of_each_other(tmp_path, about, capsys):
+    out, mine, theirs, other = tmp_path / "r.json", about("f"), about("f"), about("another")
+    assert results.record(out, mine, "mmlu", summary(1), None, []) == out
+    assert results.record(out, theirs, "mathqa", summary(2), None, []) == out
+    samples = tmp_path / "s.jsonl"
+    assert results.record(out, mine, "mathqa", summary(3), samples, [{"x": 1}]) == out and not samples.exists()
+    assert "another command has written mathqa" in capsys.readouterr().out
+    kept = results.read(out)["tasks"]
+    assert {name: x["n"] for name, x in kept.items()} == {"mmlu": 1, "mathqa": 2}
+    second = results.record(out, other, "ifeval", summary(4), None, [])
+    assert second == tmp_path / "r-2.json" and "results go to" in capsys.readouterr().out
+    assert results.read(out)["tasks"] == kept and [*results.read(second)["tasks"]] == ["ifeval"]
+    with ThreadPoolExecutor(8) as pool:
+        write = lambda i: results.record(tmp_path / "many.json", about("f"), f"t{i}", summary(i), None, [])  # noqa: E731
+        list(pool.map(write, range(16)))
+    assert len(results.read(tmp_path / "many.json")["tasks"]) == 16
+
+
+@pytest.mark.fast
+def test_samples_belong_to_their_results_by_content(tmp_path, about):
+    out, mine, path = tmp_path / "r.json", about("f"), tmp_path / "s.mmlu.jsonl"
+    path.write_text("of another command, made since\n")
+    results.record(out, mine, "mmlu", summary(1), path, [{"x": 1}])
+    assert path.read_text() == "of another command, made since\n"
+    written = tmp_path / "s.mmlu-2.jsonl"
+    assert written.read_text() == '{"x": 1}\n' and mine["tasks"]["mmlu"]["made"]["samples"] == str(written)
+    assert results.earlier(out, about("f"), {"mmlu": written})["tasks"].keys() == {"mmlu"}
+    moved = written.rename(tmp_path / "moved.jsonl")
+    assert results.earlier(out, about("f"), {"mmlu": moved})["tasks"].keys() == {"mmlu"}
+    for wrong in (path, written):
+        with pytest.raises(ValueError, match="has mmlu without"):
+            results.earlier(out, about("f"), {"mmlu": wrong})
+    moved.write_text('{"x": 2}\n')
+    with pytest.raises(ValueError, match="has mmlu without"):
+        results.earlier(out, about("f"), {"mmlu": moved})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        results.record(out, mine, "mathqa", summary(1), tmp_path / "n.jsonl", [{"x": float("nan")}])
+
+
+@pytest.mark.fast
+def test_a_try_has_a_results_file_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = lambda *flags: command.paths(command.parse_args(["--model", str(BASE), *flags]))[0].name  # noqa: E731
+    assert name() == "eval-base.json" and name("--limit", "60") == "eval-base-limit-60.json"
+    assert name("--limit", "60", "--out", "r.json") == "r.json"
+    run = tmp_path / "run"
+    shutil.copytree(BASE, run / "model")
+    (run / "config.json").write_text(json.dumps({"config": {"seed": 0}}))
+    found = command.paths(command.parse_args(["--model", str(run / "model"), "--limit", "5"]))[0]
+    assert found == run / "eval-limit-5.json"
+
+
+@needs_data
+def test_responses_outlive_a_judge_that_breaks(tmp_path, here, monkeypatch):
+    pytest.importorskip("rouge_score", reason='scores generations with rouge-score: pip install -e ".[harness]"')
+    pytest.importorskip("sacrebleu", reason='scores generations with sacrebleu: pip install -e ".[harness]"')
+    flags = ("--model", str(BASE), "--data", str(DATA), "--limit", "2", "--tasks", "truthfulqa_gen", "--out", "r.json")
+    judge = truthfulqa.measure
+
+    def breaks(*args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(truthfulqa, "measure", breaks)
+    with pytest.raises(ZeroDivisionError):
+        here(*flags)
+    (kept,) = tmp_path.glob("r.truthfulqa_gen-*.responses.json")
+    responses = json.loads(kept.read_text())["responses"]
+    monkeypatch.setattr(truthfulqa, "measure", judge)
+    monkeypatch.setattr("eval.generate.respond", lambda *args, **kwargs: pytest.fail("written a second time"))
+    assert f"truthfulqa_gen: judging the responses in {kept.name}" in here(*flags, "--samples", "s.jsonl")
+    assert [row["response"] for row in json_lines(tmp_path / "s.truthfulqa_gen.jsonl")] == responses
+    assert not kept.exists()
+
+
+@needs_data
+def test_a_check_that_breaks_on_one_response_is_not_followed_and_counted(monkeypatch):
+    pytest.importorskip("lm_eval", reason="IFEval's checks are the lm-evaluation-harness's")
+    from eval import ifeval
+
+    prompts = [p for p in ifeval.load(DATA) if "detectable_format:json_format" in p.judge.args[1]][:2]
+    place = prompts[0].judge.args[1].index("detectable_format:json_format")
+    deep = prompts[0].judge("[" * 100_000)
+    assert deep["inst_level_strict_acc"][place] is False and deep["checks_failed"] == 1
+    for text in ("", "{", '{"a": ' * 50_000, "```json\n" + "[" * 100_000):
+        assert prompts[0].judge(text)["inst_level_loose_acc"][place] is False
+    good = prompts[1].judge('{"a": 1}')
+    assert "checks_failed" not in good
+    found = BENCHMARKS["ifeval"].summarize({"ifeval": [deep, good]})
+    assert found["checks_failed"] == 1 and "1 responses broke a check" in results.line("ifeval", 2, found, 1.0)
+
+    class Odd:
+        def check_following(self, text):
+            raise KeyError(text)
+
+    failed = []
+    assert ifeval.holds(Odd(), ["a", "", "b"], failed) is False and len(failed) == 2
+
+
+@needs_data
+def test_ifeval_s_arguments_are_tried_when_they_are_read(tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="IFEval's checks are the lm-evaluation-harness's")
+    from eval import ifeval
+
+    row = {"key": 1, "prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"no": 3}]}
+    data = given(tmp_path, monkeypatch, ifeval.TRAIN, [row], ifeval, "TRAIN")
+    with pytest.raises(ValueError, match=r"input_data.jsonl:1: punctuation:no_comma does not take \{'no': 3\}"):
+        ifeval.load(data)
+
+
+@needs_data
+def test_a_try_and_a_sure_model_leave_json_only(tmp_path, here):
+    model = changed(tmp_path, 10)
+    here(
+        "--model", str(model), "--data", str(DATA), "--limit", "60", "--tasks", "truthfulqa_mc", "--samples", "s.jsonl"
+    )
+    assert (tmp_path / "eval-model-limit-60.json").is_file()
+    for path in (tmp_path / "s.truthfulqa_mc.jsonl", tmp_path / "eval-model-limit-60.json"):
+        assert not re.search(r"\bNaN\b|Infinity", path.read_text())
+    worst = min(max(row["loglikelihoods"]) for row in json_lines(tmp_path / "s.truthfulqa_mc.jsonl"))
+    assert worst < -745, "exp of all of them is 0"
+
+
+@pytest.mark.fast
+def test_nobody_reading_on_and_a_terminal_without_plus_minus_end_nothing(tmp_path):
+    code = "from eval import say; say('± 1'); say('x' * 100_000); say('more'); open('end', 'w').close()"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert done.stdout.read(4) == b"? 1\n"
+    done.stdout.close()
+    assert done.stderr.read() == b"" and done.wait() == 0 and (tmp_path / "end").exists()

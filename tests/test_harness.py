@@ -149,12 +149,12 @@ def test_edges_of_tokenization_score_as_in_the_harness(setting):
 
     folder, bos, theirs = setting
     ours = SFTGO(folder, bos, "float32")
-    found = ours.loglikelihood([Asked(*pair) for pair in EDGES])
     compared = 0
-    for pair, (value, greedy) in zip(EDGES, found, strict=True):
-        context, continuation = next(ours.encoder.pairs([pair]))
-        if not continuation:  # swallowed by a merge across the seam: the harness stops there, here it adds nothing
-            assert (value, greedy) == (0.0, True)
+    for pair in EDGES:
+        try:
+            ((value, greedy),) = ours.loglikelihood([Asked(*pair)])
+        except ValueError as e:  # swallowed by a merge across the seam: the harness stops there too
+            assert "test: item 0: this tokenizer leaves" in str(e)
             continue
         ((expected, other),) = theirs.loglikelihood([Asked(*pair)])
         assert value == pytest.approx(expected, abs=1e-3), pair
