@@ -407,11 +407,11 @@ def train(cfg: Config, objective=None, grouper=None) -> Path | None:
         shard, given = (cfg.shard or "fsdp") if ranks.size > 1 else None, {"objective": objective, "grouper": grouper}
         cfg = replace(cfg, shard=shard, **{k: x for k, x in given.items() if x is not None})
         objective, grouper = named(cfg.objective, "--objective"), named(cfg.grouper, "--grouper")
-        about = checkpoint.record(cfg, objective, grouper)
+        folder = ranks.each(lambda: resolve(cfg.model))
+        about = ranks.first(lambda: checkpoint.record(cfg, objective, grouper))
         if cfg.out and ranks.first(lambda: checkpoint.finished(about, Path(cfg.out))):
             print(f"{cfg.out}: this run is already finished; nothing to do")
             return Path(cfg.out)
-        folder = ranks.each(lambda: resolve(cfg.model))
         llama, tokenizer, corpus = ranks.each(lambda: prepare(cfg, folder))
         prior = ranks.each(lambda: scores.without_model(grouper, corpus, cfg.seed))
         steps = steps_of(cfg, corpus)

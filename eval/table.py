@@ -122,7 +122,8 @@ def read_rows(paths: list[Path]) -> tuple[list[Entry], dict]:
         config = training(run, run.get("digests", {})) if run else {"model": result["model"]}
         seed = config.pop("seed", 0)
         key = json.dumps(config, sort_keys=True) + ("" if run else result["fingerprint"])
-        row = found.setdefault(key, Entry(base_name(config["model"]), data_name(run), method_name(run), config))
+        base = base_name((run or result)["model"])
+        row = found.setdefault(key, Entry(base, data_name(run), method_name(run), config))
         fingerprint, file, tasks = row.seeds.setdefault(seed, (result["fingerprint"], path, {}))
         if fingerprint != result["fingerprint"]:
             raise ValueError(f"{path}: seed {seed} of this configuration is another model in {file}; leave one out")

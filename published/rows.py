@@ -1,9 +1,39 @@
-"""The objects of a JSON or JSONL file, perhaps gzipped; what is wrong with one is said with file and line."""
+"""The objects of a JSON, JSONL or Parquet file; what is wrong with one is said with file and line."""
 
+import gzip
 import json
+import re
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
 from published.files import read_text
+
+FILES = (".jsonl", ".json", ".parquet")
+CSV = "a table of text (CSV); write its rows as JSON lines, as pandas' to_json(FILE, orient='records', lines=True) does"
+ARCHIVE = "unpack it and give one of its files"
+OTHERS = {  # (place, what stands there in lower case) -> what such a file is, and what to do
+    (0, b"pk\x03\x04"): f"a zip archive; {ARCHIVE}: unzip FILE",
+    (0, b"\x28\xb5\x2f\xfd"): "compressed by Zstandard; unpack it: zstd -d FILE",
+    (0, b"\xfd7zxz"): "compressed by xz; unpack it: xz -d FILE",
+    (0, b"bzh"): "compressed by bzip2; unpack it: bzip2 -d FILE",
+    (0, b"\x04\x22\x4d\x18"): "compressed by LZ4; unpack it: lz4 -d FILE",
+    (0, b"7z\xbc\xaf\x27\x1c"): f"a 7-Zip archive; {ARCHIVE}: 7z x FILE",
+    (0, b"rar!"): f"a RAR archive; {ARCHIVE}: unrar x FILE",
+    (257, b"ustar"): f"a tar archive; {ARCHIVE}: tar xf FILE",
+    (0, b"arrow1"): "an Arrow file of the datasets library; write it with Dataset.to_json",
+    (0, b"\xff\xff\xff\xff"): "an Arrow stream of the datasets library; write it with Dataset.to_json",
+    (0, b"sqlite format 3"): "an SQLite database; write its rows as JSON lines",
+    (0, b"\x89hdf"): "an HDF5 file; write its rows as JSON lines",
+    (0, b"%pdf"): "a PDF; write its text as JSON lines",
+    (0, b"\x80\x04\x95"): "a Python pickle, which can run code when opened; write its rows as JSON lines",
+    (0, b"\x80\x05\x95"): "a Python pickle, which can run code when opened; write its rows as JSON lines",
+    (0, b"<!doctype html"): "a web page in place of a file; fetch the file itself (its raw or download link)",
+    (0, b"<html"): "a web page in place of a file; fetch the file itself (its raw or download link)",
+    (0, b"version https://git-lfs"): "a Git LFS pointer in place of the file; fetch it: git lfs pull",
+    (0, b"\xff\xfe"): "UTF-16; convert it: iconv -f utf-16 -t utf-8 FILE",
+    (0, b"\xfe\xff"): "UTF-16; convert it: iconv -f utf-16 -t utf-8 FILE",
+}
 
 
 def read_rows(path: str | Path) -> list[tuple[str, dict]]:
@@ -12,14 +42,15 @@ def read_rows(path: str | Path) -> list[tuple[str, dict]]:
     Raises:
         ValueError: naming the file, and the line where there is one.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; --data takes one JSON or JSONL file, each also .gz")
-    text = read_text(path)
-    if text.lstrip().startswith("["):
+    path = readable(Path(path))
+    if path.open("rb").read(4) == b"PAR1":
+        rows = [(f"{path}: row {i}", row) for i, row in enumerate(read_parquet(path), 1)]
+    elif (text := read_text(path)).lstrip().startswith("["):
         rows = [(f"{path}: item {i}", row) for i, row in enumerate(parsed(text, path, 1), 1)]
     else:  # not splitlines(): JSON strings may hold U+2028
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        if len(lines) > 1 and not lines[0][1].rstrip().endswith("}"):  # one object over several lines
+            lines = [(1, text)]
         rows = [(f"{path}:{number}", parsed(line, path, number)) for number, line in lines]
     for where, row in rows:
         if not isinstance(row, dict):
@@ -27,6 +58,30 @@ def read_rows(path: str | Path) -> list[tuple[str, dict]]:
     if not rows:
         raise ValueError(f"{path}: no rows")
     return rows
+
+
+def readable(path: Path) -> Path:
+    """The path of a file of rows; ValueError says what else it is, and what to do."""
+    if path.is_dir():
+        inside = sorted(x.name for x in path.iterdir() if x.name.removesuffix(".gz").endswith(FILES))
+        raise ValueError(
+            f"{path}: a folder; --data takes one file{', for example ' * bool(inside)}{', '.join(inside[:2])}"
+        )
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: a pipe or a device, which can be read only once; write it to a file first")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; --data takes one JSON, JSONL or Parquet file, the first two also .gz")
+    with open(path, "rb") as f:
+        begin = f.read(512)
+    if begin[:2] == b"\x1f\x8b":
+        with suppress(OSError, EOFError, zlib.error), gzip.open(path) as f:
+            begin = f.read(512)
+    for (at, magic), told in OTHERS.items():
+        if begin[at : at + len(magic)].lower() == magic:
+            raise ValueError(f"{path}: {told}")
+    if re.search(r"\.[ct]sv(\.gz)?$", path.name):
+        raise ValueError(f"{path}: {CSV}")
+    return path
 
 
 def read_parquet(path: Path) -> list[dict]:

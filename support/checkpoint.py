@@ -27,8 +27,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
 from model import Llama
+from published import digests as digests_of
 from published import weights
 from published.files import read_json, write_json
+from published.hub import data_file, resolve
+from published.rows import readable
 from published.tokenizer import Tokenizer
 from support.named import Named
 from support.ranks import Ranks, everywhere, first_line
@@ -44,16 +47,25 @@ CHECKSUMS, OWN_STATE = "crc32.json", "objective.pt"
 
 
 def record(cfg, objective: Named, grouper: Named) -> dict:
-    """What a run is, for its config.json: the settings, and the digests of a user's own functions."""
+    """What a run is, for its config.json: the settings, and digests of data, models and a user's own functions."""
     digests = {"objective": objective.digest, "grouper": grouper.digest}
+    digests |= {"data": digests_of.of_file(readable(data_file(cfg.data)))}
+    scorers = {"rho1": "reference", "llmlingua2": "llmlingua_model"} if grouper.digest is None else {}
+    for name in ("model", *(flag for scored, flag in scorers.items() if scored == grouper.name)):
+        given = getattr(cfg, name)
+        digests[name] = digests_of.of_model(given, resolve(given))
     config = vars(cfg) | {"objective": objective.name, "grouper": grouper.name}
     return {"config": config, "digests": {name: digest for name, digest in digests.items() if digest}}
 
 
 def training(config: dict, digests: dict[str, str]) -> dict:
-    """The settings of a run that decide what is trained; a user's function counts by name and content, not by path."""
+    """The settings of a run that decide what is trained; what has a digest counts by content, not by path."""
     aside = NOT_TRAINING | ({"micro_batch_tokens"} if config["scope"] == "step" else set())
-    own = {name: f"{config[name].rpartition(':')[2]} with content {digest[:20]}" for name, digest in digests.items()}
+    aside |= {"llmlingua_model"} - digests.keys()  # it was not used
+    own = {name: f"content {digest[:20]}" for name, digest in digests.items()}
+    own |= {
+        name: f"{config[name].rpartition(':')[2]} with {own[name]}" for name in ("objective", "grouper") if name in own
+    }
     return {name: x for name, x in json.loads(json.dumps(config | own)).items() if name not in aside}
 
 

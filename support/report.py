@@ -187,7 +187,8 @@ def plan(
     size = f"{12 * parameters / 1e9:.2g} GB each, every {cfg.checkpoint_every} steps, the newest {cfg.keep} kept"
     lines = {
         "data": f"{cfg.data}: {rows:,} rows, {kept:,} {'pieces' if corpus.template == 'text' else 'samples'} kept"
-        + "".join(f"; {n:,} {what}" for what, n in counts.items()),
+        + "".join(f"; {n:,} {what}" for what, n in counts.items())
+        + f"; ignored: {listed(sorted(corpus.ignored), ', ')}" * bool(corpus.ignored),
         "tokens": f"{len(mask):,}, {mask.mean():.1%} supervised; longest sample {lengths[-1] + 1:,}; "
         f"template {corpus.template}",
         "method": method,

@@ -119,7 +119,8 @@ def test_unanswered_and_empty_rows_are_left_out_and_counted(corpus_of, tokenizer
     whole, last_unanswered = {"conversations": ["Hi", "Yes."]}, {"conversations": ["Hi", "Yes.", "Why?"]}
     unanswered, empty = {"conversations": ["Hi"]}, {"prompt": "Hi", "completion": " \n"}
     corpus = corpus_of([last_unanswered, unanswered, empty, whole])
-    left_out = {"last turns without an answer to train on left out": 1, "dropped: no response": 1, "dropped: empty response": 1}
+    left_out = {"last turns without an answer to train on left out": 1}
+    left_out |= {"dropped: no response": 1, "dropped: empty response": 1}
     assert corpus.counts == {"rows": 4, "kept": 2, **left_out}
     assert samples(corpus) == samples(corpus_of([whole, whole]))
 
