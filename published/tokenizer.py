@@ -95,7 +95,7 @@ class Tokenizer:
         """tokenizer.json unchanged, tokenizer_config.json with the chat template, generation_config.json."""
         folder = Path(folder)
         (folder / "tokenizer.json").write_bytes(self.raw)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self.config}
+        config = {"clean_up_tokenization_spaces": False, **self.config, "tokenizer_class": "PreTrainedTokenizerFast"}
         config |= {"bos_token": self.bos_token, "eos_token": "<|eot_id|>" if template == "llama3" else self.end_token}
         config.pop("chat_template", None)
         if template in CHAT_TEMPLATES:

@@ -35,7 +35,7 @@ from support.ranks import INTERRUPTS, Ranks, everywhere, first_line
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process may save too
 
-NOT_TRAINING = {*"digests recipe out cache dry_run shard checkpoint_activations checkpoint_every keep".split()}
+NOT_TRAINING = {*"digests recipe fresh out cache dry_run shard checkpoint_activations checkpoint_every keep".split()}
 FAULTS = (dcp.CheckpointException, OSError)  # the first one is a BaseException
 CHECKSUMS, OWN_STATE = "crc32.json", "objective.pt"
 
