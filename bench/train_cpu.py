@@ -59,7 +59,8 @@ def lay_out(base: Path, folder: Path, shape: dict) -> int:
 def train(model: Path, data: Path, out: Path, steps: int) -> list[dict]:
     """Run train.py on the CPU; returns its metrics, one row a step. It shows its errors and its progress bar itself."""
     flags = {"model": model, "data": data, "out": out, "max-steps": steps} | WORKLOAD
-    command = [sys.executable, ROOT / "train.py", "--fresh", *(part for name, x in flags.items() for part in (f"--{name}", x))]
+    command = [sys.executable, ROOT / "train.py", *(part for name, x in flags.items() for part in (f"--{name}", x))]
+    command.append("--fresh")
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     code = subprocess.run([*map(str, command)], stdout=subprocess.DEVNULL, env=environment).returncode
     if code:

@@ -2,7 +2,7 @@
 
     python demo/make_base.py BOOKS.jsonl.gz WORK
 
-writes WORK/init (config.json, tokenizer.json, tokenizer_config.json: a model folder without weights), WORK/train.jsonl and
+writes WORK/init (config.json, tokenizer.json, tokenizer_config.json; no weights: train.py --fresh), WORK/train.jsonl and
 WORK/heldout.jsonl (every twentieth book). The pretraining command and its curve are in LOG.md.
 """
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from published.files import read_json
 
 ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
+ONLY |= {"transformers_weights": None}  # another file than model.safetensors, which transformers would read
 WHOLE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 OPTIONAL_WHOLE = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 NUMBERS = ("rms_norm_eps", "rope_theta", "initializer_range")

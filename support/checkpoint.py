@@ -34,11 +34,11 @@ from published.hub import data_file, resolve
 from published.rows import readable
 from published.tokenizer import Tokenizer
 from support.named import Named
-from support.ranks import Ranks, everywhere, first_line
+from support.ranks import INTERRUPTS, Ranks, everywhere, first_line
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process may save too
 
-NOT_TRAINING = {*"digests recipe out cache dry_run shard checkpoint_activations checkpoint_every keep".split()}
+NOT_TRAINING = {*"digests recipe fresh out cache dry_run shard checkpoint_activations checkpoint_every keep".split()}
 FAULTS = (dcp.CheckpointException, OSError)  # the first one is a BaseException
 CHECKSUMS, OWN_STATE = "crc32.json", "objective.pt"
 
@@ -102,7 +102,9 @@ def run_folder(cfg, about: dict, ranks: Ranks) -> Iterator[Path]:
     try:
         out = Path(ranks.first(lambda: str(lock_run_folder(cfg, about, locks))))
         yield out
-    except KeyboardInterrupt:
+    except BaseException as e:
+        if not INTERRUPTS and not isinstance(e, KeyboardInterrupt):
+            raise
         raise KeyboardInterrupt(out and f"interrupted; {saved(out)}") from None
     finally:
         for lock in locks:
@@ -295,11 +297,8 @@ def tidy(out: Path, step: int, damaged: list[Path]) -> None:
 
 
 def reason(e: BaseException) -> str:
-    """The first line of a fault, of whichever rank had it; Ctrl-C, which torch wraps as one, goes on as itself."""
-    cause = next(iter(getattr(e, "failures", {}).values()), (e,))[0]
-    if isinstance(cause, KeyboardInterrupt):
-        raise cause from None
-    return first_line(cause)
+    """The first line of a fault, of whichever rank had it."""
+    return first_line(next(iter(getattr(e, "failures", {}).values()), (e,))[0])
 
 
 # The end.

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 STEP, PATIENCE = timedelta(minutes=10), timedelta(hours=12)  # a step never takes so long; preparing data may
+INTERRUPTS = []  # filled by Ctrl-C: a library may turn it into a fault of its own
 FAULTS = {"ValueError": ValueError, "OSError": OSError}
 
 
@@ -140,7 +141,9 @@ def command(program: Callable[[], object], cure: str, interrupted: str) -> None:
         interrupted: what to say on Ctrl-C, where the fault itself does not; the exit code is 130.
     """
     out, err = Steady(sys.stdout), Steady(sys.stderr)
-    before = signal.signal(signal.SIGINT, interrupt_once)
+    before = signal.getsignal(signal.SIGINT)  # ignored in a background job: stays so
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt_once)
     with redirect_stdout(out), redirect_stderr(err):
         try:
             guarded(program, cure, interrupted)
@@ -153,6 +156,7 @@ def command(program: Callable[[], object], cure: str, interrupted: str) -> None:
 def interrupt_once(*_) -> None:
     """Ctrl-C; torchrun sends a second one, which must not cut short what is said of the first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    INTERRUPTS.append("once")
     raise KeyboardInterrupt
 
 

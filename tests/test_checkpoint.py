@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from test_train import config, metrics, run
 import train
 from model import Llama
 from support import checkpoint
+from support.ranks import INTERRUPTS, interrupt_once
 
 ROOT = Path(__file__).parents[1]
 EVERY = ("--checkpoint-every", 2)  # 3 steps an epoch, 6 in all
@@ -55,12 +57,14 @@ def test_ctrl_c_says_what_is_saved_also_where_torch_wraps_it(folder, rows, tmp_p
         with pytest.raises(KeyboardInterrupt, match=said):
             run(folder, rows, "--out", out, *EVERY, *stopper(steps))
 
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("torch.distributed.checkpoint.FileSystemWriter.write_data", interrupted)
+    monkeypatch.setattr(
+        "torch.distributed.checkpoint.FileSystemWriter.write_data", lambda *_: signal.raise_signal(signal.SIGINT)
+    )
+    before = signal.signal(signal.SIGINT, interrupt_once)
     with pytest.raises(KeyboardInterrupt, match="saved: .*step-000002"):
         run(folder, rows, "--out", out, *EVERY, *stopper(None))
+    signal.signal(signal.SIGINT, before)
+    INTERRUPTS.clear()
 
 
 def resumed(folder, rows, out, stopper, *flags) -> Path:

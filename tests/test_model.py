@@ -389,6 +389,10 @@ BROKEN = {
     "pointer": (_holds(b"version https://git-lfs.github.com/spec/v1\noid"), "a Git LFS pointer .* git lfs pull"),
     "web page": (_holds(b"<!DOCTYPE html><title>Sign in"), "a web page in its place"),
     "renamed pickle": (_holds(b"PK\x03\x04archive/data.pkl"), "PyTorch's pickle in its place"),
+    "weights of another name": (
+        _config(transformers_weights="b.safetensors"),
+        "transformers_weights is 'b.safetensors'",
+    ),
     "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), r"a LoRA adapter \(adapter_config\.json\)"),
     "quantized": (
         _tensors(lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.int8)})),

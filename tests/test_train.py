@@ -1084,11 +1084,15 @@ def test_the_saved_configuration_has_the_ids_that_were_trained(folder, rows, tmp
     (folder / "config.json").write_text(json.dumps(raw))
     names = json.loads((folder / "tokenizer_config.json").read_text())
     pad = "<|finetune_right_pad_id|>" if template == "llama3" else names["eos_token"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(names | {"pad_token": {"content": pad}}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(names | {"pad_token": {"content": pad}, "tokenizer_class": "LlamaTokenizer"})
+    )
     out = run(folder, rows, "--max-steps 1 --checkpoint-every 0 --template", template, "--out", tmp_path / "out")
     tokenizer = Tokenizer(folder, 512)
     config, generation = (json.loads((out / "model" / f"{n}config.json").read_text()) for n in ("", "generation_"))
     assert config["bos_token_id"] == generation["bos_token_id"] == tokenizer.bos
+    saved = json.loads((out / "model" / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast", "a LlamaTokenizer would be rebuilt by transformers 5"
     assert generation["eos_token_id"] == tokenizer.stop_ids(template)
     if template == "llama3":
         assert config["eos_token_id"] == generation["eos_token_id"]
