@@ -81,7 +81,6 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, bos: str = "never"):
         self.tokenizer, self.bos, self.backend = tokenizer, bos, tokenizer.backend
-        self.backend.encode_special_tokens = False  # a prompt that spells "<|end_of_text|>" means the token
         if bos == "auto" and self(["a"])[0][-1:] != self.bare("a")[-1:]:
             file = tokenizer.folder / "tokenizer.json"
             raise ValueError(f"{file}: puts a token behind every text; score with --bos always or never")
@@ -97,6 +96,8 @@ class Encoder:
                 found[i] = self.bare(text)
             elif self.bos == "always":
                 found[i] = [self.tokenizer.bos, *found[i]]
+        if (largest := max(map(max, filter(None, found)), default=0)) >= self.tokenizer.vocab_size:
+            raise ValueError(self.tokenizer.unembedded(largest))
         return found
 
     def pairs(self, requests: list[tuple[str, str]], names: list[str] | None = None) -> Iterator[Pair]:

@@ -162,9 +162,7 @@ class Tokenizer:
 
     def ids(self, template: str) -> dict:
         """The ids for a model's config.json, as trained; a padding id only where there is one that ends nothing."""
-        pad, ends = self.config.get("pad_token"), self.stop_ids(template)
-        pad = pad.get("content") if isinstance(pad, dict) else pad
-        pad = self.backend.token_to_id(pad) if isinstance(pad, str) else None
+        ends, pad = self.stop_ids(template), self.special.get(self.named.get("pad_token"))
         eos = ends if len(ends) > 1 else ends[0]
         return {"bos_token_id": self.bos, "eos_token_id": eos, "pad_token_id": None if pad in ends else pad}
 

@@ -139,7 +139,7 @@ def dialogue(at: str, name: str, given, train: bool, ignored: set[str]) -> list[
         if not isinstance(role, str) or role not in ROLES:
             found = f"{name}[{i}] is {json.dumps(turn)[:60]}"
             raise ValueError(f"{at}{found}, expected a role: {', '.join(ROLES)}")
-        role = ROLES[role]
-        out.append(Turn(role, fields.text("content", "value"), fields.train(train, role)))
-        ignored |= fields.ignored()
+        content, learnt = fields.take("content", "value"), fields.train(train, ROLES[role])
+        ignored |= fields.ignored()  # before an absent content is missed: tool_calls take its place
+        out.append(Turn(ROLES[role], text(fields.at, *content), learnt))
     return out

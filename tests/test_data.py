@@ -453,7 +453,8 @@ def test_the_ranks_of_a_step_share_its_samples_and_have_equally_many_rows(corpus
 )
 def test_eight_ranks_get_nearly_the_same_number_of_tokens(path, batch_size, most):
     rows = read_rows(shared(f"data/{path}"))[:3000]
-    lengths = np.array([sum(len(turn.text) for turn in parse(*row)[1]) // 4 for row in rows]) + 2  # about a Llama 3 token
+    lengths = [sum(len(turn.text) for turn in parse(*row)[1]) // 4 + 2 for row in rows]  # a Llama 3 token has about 4
+    lengths = np.array(lengths)
     starts = np.cumsum([0, *lengths])
     corpus = Corpus(np.zeros(starts[-1], np.int32), np.full(starts[-1], RESPONSE, np.uint8), starts)
     prior, uneven = unscored(corpus), []

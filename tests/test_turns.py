@@ -78,8 +78,14 @@ REFUSED_ROWS = {
     "reasoning": ({"messages": [U("Hi"), A("Yes") | {"thinking": "Hm"}]}, r"messages\[1\]\.thinking: no template"),
     "tools": ({"messages": [U("Hi"), A("Yes")], "tools": [{"name": "f"}]}, "here: tools: no template"),
     "a tool's turn": ({"messages": [U("Hi"), {"role": "tool", "content": "3"}]}, r"messages\[1\] is .*tool"),
-    "a tool call": ({"messages": [U("Hi"), {"role": "assistant", "content": None, "tool_calls": [1]}]}, "content is mi"),
-    "a picture": ({"messages": [U([{"type": "image_url", "image_url": "x"}]), A("Yes")]}, r"\[0\] is of type 'image_url'"),
+    "a tool call": (
+        {"messages": [U("Hi"), {"role": "assistant", "content": None, "tool_calls": [1]}]},
+        r"messages\[1\]\.tool_calls: no template",
+    ),
+    "a picture": (
+        {"messages": [U([{"type": "image_url", "image_url": "x"}]), A("Yes")]},
+        r"\[0\] is of type 'image_url'",
+    ),
     "pictures beside": ({"conversations": ["Hi", "Yes"], "image": "a.png"}, "here: image: only text is read"),
     "preferences": ({"prompt": "Hi", "completion": "Yes", "rejected": "No"}, "here: rejected: pairs of answers"),
     "two lists": ({"messages": [U("a"), A("b")], "conversations": ["c", "d"]}, "messages and conversations say diff"),
