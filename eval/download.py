@@ -21,10 +21,11 @@ def fetch(source: Source, to: Path) -> str:
         known = "fetched"
     try:
         rows = source.read(to)
-    except ValueError:
+    except ValueError as e:
         records = to / source.folder / ".cache" / "huggingface" / "download"  # the client's, of each file it fetched
         if not paths or not all((records / f"{x.relative_to(to / source.folder)}.metadata").is_file() for x in paths):
-            raise  # a file of somebody else: never written over
+            said = isinstance(e.__cause__, ImportError) or "ove it away" in str(e)  # what to do
+            raise ValueError(f"{e}{'' if said else '; move it away and run this again'}") from e  # never written over
         download(source, to, again=True)
         rows, known = source.read(to), "fetched again"
     return f"{source.folder:<14}{len(rows):>7,} rows {known}: {listed(source.paths(to))}"

@@ -6,8 +6,8 @@ from eval.rows import Row, Source
 from eval.score import Item, Results, mean, pooled
 
 CSV = ("question", *"ABCD", "answer")  # of a file SUBJECT_test.csv
-TEST = Source("mmlu", "test.jsonl", "cais/mmlu", "all/test-*.parquet", 14_042, "**/*_test.csv", CSV)
-DEV = Source("mmlu", "dev.jsonl", "cais/mmlu", "all/dev-*.parquet", 285, "**/*_dev.csv", CSV, "mmlu_5shot")
+TEST = Source("mmlu", "test.jsonl", "cais/mmlu", "all/test-*.parquet", 14_042, "*_test.csv", CSV)
+DEV = Source("mmlu", "dev.jsonl", "cais/mmlu", "all/dev-*.parquet", 285, "*_dev.csv", CSV, "mmlu_5shot")
 LETTERS, ANSWERS = tuple("ABCD"), tuple("0123")
 CATEGORIES = {
     "STEM": """abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science

@@ -76,7 +76,7 @@ class Source:
         for path in (folder / self.file, folder / f"{self.file}.gz"):
             if path.is_file():
                 return [path]
-        if self.released and (found := sorted(folder.glob(self.released))):
+        if self.released and (found := sorted(folder.rglob(self.released))):
             return found
         return sorted(path for path in folder.glob(self.pattern) if path.name.removesuffix(".gz").endswith(READ))
 

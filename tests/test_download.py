@@ -177,3 +177,45 @@ def test_parquet_without_pyarrow_is_said_before_anything_is_fetched(tmp_path, mo
     monkeypatch.setattr("huggingface_hub.snapshot_download", partial(pytest.fail, "asked the Hub"))
     with pytest.raises(ValueError, match=r'pip install -e "\.\[parquet\]"'):
         download.fetch(hellaswag.VALIDATION, tmp_path)
+
+
+@needs_data
+@pytest.mark.parametrize("damage", ["cut", "foreign", "short"])
+def test_the_hub_s_own_copy_is_fetched_again_where_it_is_damaged(hub, tmp_path, damage):
+    flags = ("--tasks", "openbookqa", "--to", "d")
+    assert fetch(hub, tmp_path, *flags).returncode == 0
+    (path,) = (tmp_path / "d" / "openbookqa" / "main").iterdir()
+    whole = path.read_bytes()
+    rows = hub_rows()["openbookqa"][:9]
+    times = path.stat().st_atime, path.stat().st_mtime
+    path.write_bytes({"cut": whole[:999], "foreign": b"<html>", "short": content("x.parquet", rows)}[damage])
+    os.utime(path, times)  # as a bad disk does it: the client would trust the file
+    again = fetch(hub, tmp_path, *flags)
+    assert again.returncode == 0 and "500 rows fetched again" in again.stdout, again.stderr
+    assert path.read_bytes() == whole
+    path.write_bytes(whole[:999])
+    told = fetch("http://127.0.0.1:9", tmp_path, *flags)
+    assert told.returncode == 1 and "ove it away" in told.stderr and "Traceback" not in told.stderr
+
+
+@needs_data
+@pytest.mark.parametrize(
+    "name, damaged",
+    [
+        ("main/test-00000-of-00001.parquet", b"PAR1"),
+        ("test.jsonl", b'{"a": 1}\n'),
+        ("test.jsonl", b'{"a'),
+        ("test.jsonl.gz", b"\x1f\x8b cut"),
+    ],
+)
+def test_a_file_of_somebody_else_is_never_written_over(hub, tmp_path, name, damaged):
+    path = tmp_path / "d" / "openbookqa" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(damaged)
+    told = fetch(hub, tmp_path, "--tasks", "openbookqa", "--to", "d")
+    assert told.returncode == 1 and "ove it away" in told.stderr and path.read_bytes() == damaged
+
+
+def test_mmlu_by_hand_is_its_csv_files(tmp_path):
+    told = fetch("http://127.0.0.1:9", tmp_path, "--tasks", "mmlu_5shot", "--to", "d").stderr
+    assert "or put the released *_test.csv into d/mmlu" in told and "released test.jsonl" not in told

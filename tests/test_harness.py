@@ -180,7 +180,19 @@ def test_rolling_likelihoods_and_generation_are_the_harness_s(setting):
     assert ours.generate_until(asked) == theirs.generate_until(asked)
     how = {"do_sample": False, "temperature": 1, "max_completion_tokens": 5, "top_p": 0.9}
     assert ours.generate_until([Asked("The cat sat", how)]) == theirs.generate_until([Asked("The cat sat", how)])
+    greedy = ours.generate_until([Asked("The cat sat", {"max_gen_toks": 9})])
+    for how in (
+        {"num_beams": 1, "do_sample": False, "temperature": 0.0},
+        {"temperature": None, "do_sample": None, "until": None, "num_beams": None, "stopping": None},
+        {"do_sample": False, "temperature": 0.7, "top_p": 0.5, "top_k": 50, "min_p": 0.1},
+        {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "length_penalty": 0.5, "early_stopping": True},
+        {"until": [""], "temperature": 0},
+    ):
+        assert ours.generate_until([Asked("The cat sat", how | {"max_gen_toks": 9})]) == greedy, how
     for how, said in (
+        ({"do_sample": False, "repetition_penalty": 1.2}, "asks for repetition_penalty"),
+        ({"no_repeat_ngram_size": 3}, "asks for no_repeat_ngram_size"),
+        ({"schema": "x"}, "asks for schema"),
         ({"do_sample": True}, "sampling"),
         ({"temperature": 0.7}, "sampling"),
         ({"num_beams": 4}, "asks for num_beams"),
@@ -325,3 +337,31 @@ def test_the_command_runs_a_task_of_the_harness(tmp_path, capsys, monkeypatch):
     ):
         with pytest.raises(SystemExit, match=said):
             harness.main(["--model", str(DEMO / "base"), *flags])
+
+
+def test_results_of_the_harness_are_json_and_take_the_next_name(tmp_path, capsys, monkeypatch):
+    from eval import harness
+
+    class Manager:
+        all_tasks = ("t",)
+
+        def __init__(self, **_):
+            pass
+
+    def found(*_, **__):
+        (tmp_path / "r.json").write_text("made by another command in the meantime")
+        numbers = {"perplexity,none": float("inf"), "acc,none": float("nan"), "n": np.int64(3), "f1,none": 0.5}
+        return {"results": {"t": numbers}}
+
+    for name, fake in (("TaskManager", Manager), ("simple_evaluate", found), ("make_table", lambda *_: "table ±")):
+        monkeypatch.setattr(harness, name, fake)
+    monkeypatch.setattr(harness, "SFTGO", lambda *_: None)
+    harness.main(["--model", "m", "--tasks", "t", "--out", str(tmp_path / "r.json")])
+    assert f"wrote {tmp_path / 'r-2.json'}" in capsys.readouterr().out
+    assert (tmp_path / "r.json").read_text() == "made by another command in the meantime"
+    text = (tmp_path / "r-2.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert json.loads(text)["results"]["t"] == {"perplexity,none": None, "acc,none": None, "n": 3, "f1,none": 0.5}
+    with pytest.raises(SystemExit):
+        harness.main(["--model", "m", "--tasks", "t", "--num_fewshot", "5"])
+    assert "nearest: --num-fewshot" in capsys.readouterr().err

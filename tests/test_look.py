@@ -295,6 +295,27 @@ def test_a_mistake_gets_one_line(here, flags, message, monkeypatch, capsys):
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("name", ["rows.jsonl", "model/config.json", "link.html", "notes.html", "model"])
+def test_a_page_is_never_written_over_another_file(here, name, monkeypatch, capsys):
+    (here / "link.html").symlink_to(here / "rows.jsonl")
+    (here / "notes.html").write_text('<!doctype html><html lang="en"><meta charset="utf-8"><title>mine</title>')
+    path = here / name
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(SystemExit):
+        look.parse_args(flags(here, "--html", path))
+    assert ("a folder" if before is None else "is no page of support.look") in capsys.readouterr().err
+    assert before is None or path.read_bytes() == before
+
+
+@pytest.mark.fast
+def test_a_page_of_its_own_and_an_empty_file_are_written_anew(here, said):
+    (here / "page.html").touch()
+    for _ in range(2):
+        assert "wrote" in said("--html", here / "page.html", "--stats", 1)
+    assert (here / "page.html").read_text(encoding="utf-8").startswith(look.PAGE)
+
+
+@pytest.mark.fast
 def test_ranks_and_views_leave_the_global_random_state_alone(here, corpus):
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     look.views(arguments(here, "--grouper", "random,loss"), corpus, np.arange(3), Tokenizer(here / "model", 512))

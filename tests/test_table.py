@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from statistics import fmean, stdev
 
 import pytest
@@ -275,3 +277,50 @@ def test_what_does_not_go_together_is_refused(tmp_path, case, said):
     with pytest.raises(SystemExit, match=re.escape(said)) as e:
         table.main(list(map(str, paths)))
     assert str(e.value).startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"settings": None}, "settings is None, expected dict"),
+        ({"settings": {"bos": "never"}}, "dtype is None, expected str"),
+        ({"settings": {"bos": "never", "dtype": "bfloat16", "limit": "60"}}, "limit is '60', expected int | None"),
+        ({"tasks": {"mmlu": None}}, "mmlu is None, expected dict"),
+        ({"tasks": []}, "tasks is [], expected dict"),
+        ({"tasks": {"mmlu": {"acc": 0.5, "made": 3}}}, "made is 3, expected dict"),
+        ({"tasks": {"mmlu": {"acc": "0.5"}}}, "mmlu acc is '0.5', expected a share from 0 to 1"),
+        ({"tasks": {"mmlu": {"acc": None}}}, "mmlu acc is None, expected a share"),
+        ({"tasks": {"mmlu": {"acc": float("nan")}}}, "mmlu acc is nan, expected a share"),
+        ({"tasks": {"mmlu": {"acc": 50.0}}}, "mmlu acc is 50.0, expected a share"),
+        ({"tasks": {"truthfulqa_mc": {"mc1": 0.3}}}, "truthfulqa_mc mc1 acc is None, expected a share"),
+        ({"fingerprint": 3}, "fingerprint is 3, expected str"),
+        ({"model": None}, "model is None, expected str"),
+        ({"run": []}, "run is [], expected dict | None"),
+        ({"run": {"model": 3}}, "its run is not a configuration of train.py (model is 3, expected str)"),
+    ],
+)
+def test_a_damaged_result_is_named_with_what_is_wrong(tmp_path, change, said):
+    path = result(tmp_path / "a.json", "lima-3b-sft")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(SystemExit, match=re.escape(said)) as e:
+        table.main([str(path)])
+    assert str(e.value).startswith(f"error: {path}: ") and "\n" not in str(e.value)
+
+
+def test_whole_numbers_are_shares_too(tmp_path, capsys):
+    text = printed([result(tmp_path / "a.json", None, found={"mmlu": {"acc": 1}, "mathqa": {"acc": 0}})], capsys=capsys)
+    assert cells(text, "no fine-tuning: benchmarks")[2][3:6] == ["100.00", "–", "0.00"]
+
+
+@pytest.mark.parametrize("shift", [-0.00001, -0.00004, 0.0, 0.00002])
+def test_equal_methods_gain_plus_zero(tmp_path, capsys, shift):
+    paths = [result(tmp_path / "a.json", "lima-3b-sft"), result(tmp_path / "b.json", "lima-3b-tfidf", shift=shift)]
+    text = printed(paths, capsys=capsys)
+    assert "-0.00" not in text and cells(text, "Subject-specific")[-1][1:] == ["+0.00", "+0.00"]
+
+
+def test_head_ends_the_table_quietly(tmp_path):
+    command = [sys.executable, table.__file__, "--paper", result(tmp_path / "a.json", "lima-8b-tfidf")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
