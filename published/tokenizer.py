@@ -162,9 +162,9 @@ class Tokenizer:
 
     def ids(self, template: str) -> dict:
         """The ids for a model's config.json, as trained; a padding id only where there is one that ends nothing."""
-        ends, pad = self.stop_ids(template), self.special.get(self.named.get("pad_token"))
+        ends, pad = self.stop_ids(template), self.special.get(self.named.get("pad_token"), self.vocab_size)
         eos = ends if len(ends) > 1 else ends[0]
-        return {"bos_token_id": self.bos, "eos_token_id": eos, "pad_token_id": None if pad in ends else pad}
+        return {"bos_token_id": self.bos, "eos_token_id": eos, "pad_token_id": None if pad in ends or pad >= self.vocab_size else pad}
 
     def save(self, folder: str | Path, template: str) -> None:
         """tokenizer.json unchanged, tokenizer_config.json with the chat template, generation_config.json.

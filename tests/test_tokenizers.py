@@ -206,6 +206,29 @@ def test_an_answer_that_would_merge_with_its_prompt_is_read_apart_without_a_blan
     assert "".join(corpus.text[a:b] for a, b in corpus.spans[corpus.kind == RESPONSE]) == "Yes."
 
 
+def test_no_merge_makes_a_special_token_of_text(tmp_path):
+    pieces = ["<s>", "<", "/", "s", ">", "</", "s>", "</s>", "a", "▁"]
+    merges = [("<", "/"), ("s", ">"), ("</", "s>")]
+    made = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    made.add_special_tokens(["<s>", "</s>"])
+    ours = Tokenizer(folder_of(tmp_path / "m", made.to_str()), 8192)
+    (tmp_path / "row.json").write_text(json.dumps({"text": "a</s>a"}))
+    read = load_corpus(tmp_path / "row.json", ours, "auto", 64).ids.tolist()
+    assert [pieces[i] for i in read] == ["<s>", "a", "</", "s>", "a", "</s>"]
+
+
+def test_a_token_that_only_the_settings_name_is_not_made_of_text_and_flags_of_transformers_4_are_the_files(tmp_path):
+    made = byte_level(prefix=True)
+    made.add_tokens([AddedToken("rivers", normalized=False)])
+    ours = Tokenizer(folder_of(tmp_path / "m", made.to_str(), pad_token={"content": "rivers"}), 8192)
+    (tmp_path / "row.json").write_text(json.dumps({"text": "rivers"}))
+    corpus = load_corpus(tmp_path / "row.json", ours, "auto", 64)
+    assert made.token_to_id("rivers") not in corpus.ids and len(corpus.ids) >= 3
+    ours.save(tmp_path / "m", "plain")
+    saved = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    assert saved["add_prefix_space"] is True and saved["pad_token"] == "rivers" and "legacy" not in saved
+
+
 UNREADABLE = {
     "only between blanks": (partial(flagged, single_word=True), {}, r"<s> would not be read beside a letter"),
     "no token of that name": (byte_level, {"eos_token": "<end>"}, "no eos_token: neither"),
