@@ -222,6 +222,7 @@ def encode(documents: list[list[tuple[int, str]]], tokenizer: Tokenizer) -> tupl
     parts = [
         (i, *part) for i, pieces in enumerate(documents) for part in seams([(SPECIAL, tokenizer.bos_token), *pieces])
     ]
+    tokenizer.check_template({s for pieces in documents for kind, s in pieces if kind == TEMPLATE})
     spelt = [
         [tokenizer.written(s) if kind >= END else s for kind, s in before + answer] for *_, before, answer in parts
     ]

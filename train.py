@@ -73,7 +73,9 @@ class Config:
     recipe: str | None = opt(None, "named settings; other flags override them; list prints them", choices=NAMES)
     model: str | None = opt(None, "folder in the published layout, or a Hub name")
     fresh: bool = opt(False, "start from random weights, for a --model folder that has a config and no weights")
-    data: str | None = opt(None, "training data: JSON or JSONL, each also .gz; or hf://datasets/ORGANISATION/NAME/FILE")
+    data: str | None = opt(
+        None, "training data: JSON, JSONL (also .gz), Parquet; or hf://datasets/ORGANISATION/NAME/FILE"
+    )
     template: str = opt("auto", "how a row becomes text; auto follows the data", choices=("auto", *TEMPLATES))
     context: int = opt(4096, "tokens a sample is cut to", ((lambda x: 2 <= x < 2**31), "at least 2"))
     batch_size: int = opt(64, "samples in an optimizer step", POSITIVE)
@@ -380,7 +382,7 @@ def loop(cfg: Config, method: Method, model, corpus: Corpus, prior, ranks: Ranks
     return True
 
 
-def prepare(cfg: Config, folder: Path) -> tuple[LlamaConfig, Tokenizer, Corpus]:
+def prepare(cfg: Config, folder: Path) -> tuple[LlamaConfig, Tokenizer]:
     llama = LlamaConfig(**read_config(folder))
     with torch.device("meta"):
         files = weights.fitting(Llama(llama), folder, cfg.fresh)
@@ -388,7 +390,7 @@ def prepare(cfg: Config, folder: Path) -> tuple[LlamaConfig, Tokenizer, Corpus]:
         raise ValueError(f"--fresh is for a config alone, but {cfg.model} has weights; leave one of them out")
     tokenizer = Tokenizer(folder, llama.vocab_size)
     scores.check(cfg, folder, llama, tokenizer)
-    return llama, tokenizer, data.load_corpus(data_file(cfg.data), tokenizer, cfg.template, cfg.context)
+    return llama, tokenizer
 
 
 def train(cfg: Config, objective=None, grouper=None) -> Path | None:
@@ -408,11 +410,13 @@ def train(cfg: Config, objective=None, grouper=None) -> Path | None:
         cfg = replace(cfg, shard=shard, **{k: x for k, x in given.items() if x is not None})
         objective, grouper = named(cfg.objective, "--objective"), named(cfg.grouper, "--grouper")
         folder = ranks.each(lambda: resolve(cfg.model))
+        llama, tokenizer = ranks.each(lambda: prepare(cfg, folder))
         about = ranks.first(lambda: checkpoint.record(cfg, objective, grouper))
         if cfg.out and ranks.first(lambda: checkpoint.finished(about, Path(cfg.out))):
             print(f"{cfg.out}: this run is already finished; nothing to do")
             return Path(cfg.out)
-        llama, tokenizer, corpus = ranks.each(lambda: prepare(cfg, folder))
+        file = ranks.each(lambda: data_file(cfg.data))
+        corpus = ranks.each(lambda: data.load_corpus(file, tokenizer, cfg.template, cfg.context))
         prior = ranks.each(lambda: scores.without_model(grouper, corpus, cfg.seed))
         steps = steps_of(cfg, corpus)
         ranks.each(lambda: report.plan(cfg, (objective, grouper), corpus, llama, folder, prior, steps, ranks.size))
@@ -424,10 +428,11 @@ def train(cfg: Config, objective=None, grouper=None) -> Path | None:
                 prior = scores.with_model(cfg, grouper, corpus, Path(cfg.cache or out / "cache"), ranks)
             groups = max(ranks.together(lambda: scores.how_many(grouper, prior, corpus.loss_mask, cfg.eta)))
             method = objective, groupers.labeller(grouper, cfg.eta), groups
-            model = ranks.each(lambda: build(cfg, folder, ranks))
+            model, saved_as = ranks.each(lambda: build(cfg, folder, ranks)), DTYPES[cfg.save_dtype or cfg.dtype]
+            checkpoint.finite(model, saved_as, ranks, f"{cfg.model}: as loaded,", "nothing trained. Choose a wider")
             if not loop(cfg, method, model, corpus, prior, ranks):
                 raise SystemExit(143)  # 128 + SIGTERM: not finished, for whoever starts it again
-            checkpoint.export(model, tokenizer, corpus.template, DTYPES[cfg.save_dtype or cfg.dtype], out, ranks)
+            checkpoint.export(model, tokenizer, corpus.template, saved_as, out, ranks)
             if ranks.rank == 0:
                 report.ending(out, model, tokenizer, corpus)
             return out

@@ -22,7 +22,7 @@ NEUTRAL = dict.fromkeys("num_beams num_beam_groups num_return_sequences guidance
 NEUTRAL |= dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), 1)
 OFF = """no_repeat_ngram_size encoder_no_repeat_ngram_size diversity_penalty penalty_alpha min_length min_new_tokens
     frequency_penalty presence_penalty bad_words_ids force_words_ids sequence_bias suppress_tokens begin_suppress_tokens
-    forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty"""
+    forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty stop_strings"""
 NEUTRAL |= dict.fromkeys(OFF.split(), 0)
 Asked = tuple[str, int, tuple[str, ...]]  # a prompt, the most new tokens, stop strings
 
@@ -45,14 +45,14 @@ class Prompt:
 
 def write(model: Llama, encoder: Encoder, items: list[Prompt], stop_ids, ranks, name: str, kept: Path) -> list[dict]:
     """Each item's response and its metrics, on every rank; the responses are `kept` in a file before any is judged."""
-    texts = ranks.first(lambda: read_json(kept)["responses"] if kept.is_file() else None)
-    if texts is None:
+    texts = ranks.first(lambda: read_json(kept).get("responses") if kept.is_file() else None)
+    if not isinstance(texts, list) or len(texts) != len(items) or not all(isinstance(text, str) for text in texts):
         prompts = [(p.text, p.max_new_tokens, p.stops) for p in items]
         texts = respond(model, encoder, prompts, stop_ids, ranks, name=name)
         ranks.first(lambda: write_json(kept, {"responses": texts}))
     else:
         say(f"{name}: judging the responses in {kept}")
-    return [{"response": text, "metrics": item.judge(text)} for item, text in zip(items, texts)]
+    return [{"response": text, "metrics": item.judge(text)} for item, text in zip(items, texts, strict=True)]
 
 
 def respond(
@@ -120,7 +120,11 @@ def trimmed(text: str, stops: tuple[str, ...]) -> str:
 
 def not_greedy(settings: dict) -> list[str]:
     """The settings that change what greedy decoding writes."""
-    return [x for x, value in settings.items() if x in NEUTRAL and value not in (None, False, [], {}, NEUTRAL[x])]
+    return [
+        x
+        for x, value in settings.items()
+        if x in NEUTRAL and value is not False and value not in (None, [], {}, NEUTRAL[x])
+    ]
 
 
 def end_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -130,7 +134,10 @@ def end_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     for name in not_greedy(settings):  # the harness would follow it
         raise ValueError(f"{path}: {name} is {settings[name]}, but generation here is plain greedy; take it out")
     named = settings.get("eos_token_id")
-    return tuple(named) if isinstance(named, list) else (tokenizer.end if named is None else named,)
+    named = named if isinstance(named, list) else [tokenizer.end if named is None else named]
+    if not named or not all(type(id) is int and id >= 0 for id in named):
+        raise ValueError(f"{path}: eos_token_id is {settings['eos_token_id']!r:.60}, expected token ids")
+    return tuple(named)
 
 
 def needed(task: str, packages: str) -> ValueError:

@@ -111,7 +111,7 @@ def papers() -> list[Entry]:
 
 def read_rows(paths: list[Path]) -> tuple[list[Entry], dict]:
     """The rows that the result files make, in the paper's order, and the settings that all of them have."""
-    found, settings = {}, {}
+    found, settings, names = {}, {}, {}
     for path in paths:
         result = results.read(path)
         run, settings = result.get("run"), settings or result["settings"]
@@ -122,8 +122,10 @@ def read_rows(paths: list[Path]) -> tuple[list[Entry], dict]:
         config = training(run, run.get("digests", {})) if run else {"model": result["model"]}
         seed = config.pop("seed", 0)
         key = json.dumps(config, sort_keys=True) + ("" if run else result["fingerprint"])
-        base = base_name((run or result)["model"])
-        row = found.setdefault(key, Entry(base, data_name(run), method_name(run), config))
+        # The same content under another name is shown under the first.
+        base = names.setdefault(("model", str(config["model"])), base_name((run or result)["model"]))
+        data = names.setdefault(("data", str(config.get("data"))), data_name(run))
+        row = found.setdefault(key, Entry(base, data, method_name(run), config))
         fingerprint, file, tasks = row.seeds.setdefault(seed, (result["fingerprint"], path, {}))
         if fingerprint != result["fingerprint"]:
             raise ValueError(f"{path}: seed {seed} of this configuration is another model in {file}; leave one out")

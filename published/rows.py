@@ -12,24 +12,33 @@ from published.files import read_text
 FILES = (".jsonl", ".json", ".parquet")
 CSV = "a table of text (CSV); write its rows as JSON lines, as pandas' to_json(FILE, orient='records', lines=True) does"
 ARCHIVE = "unpack it and give one of its files"
+JSON_LINES = "write its rows as JSON lines"
+PICKLE = f"a Python pickle, which can run code when opened; {JSON_LINES}"
+PAGE = "a web page in place of a file; fetch the file itself (its raw or download link)"
+DATASETS = "of the datasets library; write it with Dataset.to_json"
 OTHERS = {  # (place, what stands there in lower case) -> what such a file is, and what to do
     (0, b"pk\x03\x04"): f"a zip archive; {ARCHIVE}: unzip FILE",
+    (0, b"pk\x05\x06"): "a zip archive without a file in it",
     (0, b"\x28\xb5\x2f\xfd"): "compressed by Zstandard; unpack it: zstd -d FILE",
     (0, b"\xfd7zxz"): "compressed by xz; unpack it: xz -d FILE",
     (0, b"bzh"): "compressed by bzip2; unpack it: bzip2 -d FILE",
     (0, b"\x04\x22\x4d\x18"): "compressed by LZ4; unpack it: lz4 -d FILE",
+    (0, b"\x1f\x9d"): "compressed by compress; unpack it: uncompress FILE",
+    (0, b"\x1f\x8b"): "gzipped twice; unpack it once: gunzip FILE",
     (0, b"7z\xbc\xaf\x27\x1c"): f"a 7-Zip archive; {ARCHIVE}: 7z x FILE",
     (0, b"rar!"): f"a RAR archive; {ARCHIVE}: unrar x FILE",
     (257, b"ustar"): f"a tar archive; {ARCHIVE}: tar xf FILE",
-    (0, b"arrow1"): "an Arrow file of the datasets library; write it with Dataset.to_json",
-    (0, b"\xff\xff\xff\xff"): "an Arrow stream of the datasets library; write it with Dataset.to_json",
-    (0, b"sqlite format 3"): "an SQLite database; write its rows as JSON lines",
-    (0, b"\x89hdf"): "an HDF5 file; write its rows as JSON lines",
+    (0, b"arrow1"): f"an Arrow file {DATASETS}",
+    (0, b"\xff\xff\xff\xff"): f"an Arrow stream {DATASETS}",
+    (0, b"fea1"): f"a Feather file; {JSON_LINES}",
+    (0, b"orc"): f"an ORC file; {JSON_LINES}",
+    (0, b"obj\x01"): f"an Avro file; {JSON_LINES}",
+    (0, b"sqlite format 3"): f"an SQLite database; {JSON_LINES}",
+    (0, b"\x89hdf"): f"an HDF5 file; {JSON_LINES}",
+    (0, b"\x93numpy"): f"a numpy array; {JSON_LINES}",
     (0, b"%pdf"): "a PDF; write its text as JSON lines",
-    (0, b"\x80\x04\x95"): "a Python pickle, which can run code when opened; write its rows as JSON lines",
-    (0, b"\x80\x05\x95"): "a Python pickle, which can run code when opened; write its rows as JSON lines",
-    (0, b"<!doctype html"): "a web page in place of a file; fetch the file itself (its raw or download link)",
-    (0, b"<html"): "a web page in place of a file; fetch the file itself (its raw or download link)",
+    **{(0, bytes([0x80, protocol])): PICKLE for protocol in (2, 3, 4, 5)},
+    (0, b"<"): PAGE,
     (0, b"version https://git-lfs"): "a Git LFS pointer in place of the file; fetch it: git lfs pull",
     (0, b"\xff\xfe"): "UTF-16; convert it: iconv -f utf-16 -t utf-8 FILE",
     (0, b"\xfe\xff"): "UTF-16; convert it: iconv -f utf-16 -t utf-8 FILE",
@@ -74,12 +83,20 @@ def readable(path: Path) -> Path:
     with open(path, "rb") as f:
         begin = f.read(512)
     if begin[:2] == b"\x1f\x8b":
+        begin = b""  # where it is damaged, `read_text` says so
         with suppress(OSError, EOFError, zlib.error), gzip.open(path) as f:
             begin = f.read(512)
+        if begin.startswith(b"PAR1"):
+            raise ValueError(f"{path}: gzipped Parquet; unpack it: gunzip FILE")
+    begin = begin.removeprefix(b"\xef\xbb\xbf").lstrip()
     for (at, magic), told in OTHERS.items():
         if begin[at : at + len(magic)].lower() == magic:
+            told = (
+                "a spreadsheet; save it as CSV, then write its rows as JSON lines" if path.suffix == ".xlsx" else told
+            )
             raise ValueError(f"{path}: {told}")
-    if re.search(r"\.[ct]sv(\.gz)?$", path.name):
+    columns = begin[:1] not in (b"{", b"[", b"") and re.match(rb"[^\n]*[,;\t]", begin) and begin[:4] != b"PAR1"
+    if columns or re.search(r"(?i)\.[ct]sv(\.gz)?$", path.name):
         raise ValueError(f"{path}: {CSV}")
     return path
 

@@ -11,10 +11,15 @@ import torch
 from published.files import read_json, read_tensor, write_json
 from published.weights import EMBEDDING, weight_files
 
-TEXT = (  # of a turn, whose content is a string or a list of parts
-    "{% macro text(m) %}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
-    "{% if part['text'] is not string %}{{ raise_exception('content has a part that is not text') }}{% endif %}"
-    "{{ part['text'] }}{% endfor %}{% endif %}{% endmacro %}"
+TEXT = (  # of a turn, whose content is a string or a list of parts; what training refuses is refused
+    "{% if tools or documents %}{{ raise_exception('this model knows no tools and no documents') }}{% endif %}"
+    "{% macro text(m) %}{% if m['tool_calls'] or m['reasoning_content'] %}"
+    "{{ raise_exception('this model knows no tool_calls and no reasoning_content') }}{% endif %}"
+    "{% if m['content'] is string %}{{ m['content'] }}"
+    "{% elif m['content'] is sequence and m['content'] is not mapping and m['content'] %}{% for part in m['content'] %}"
+    "{% if part['text'] is not string or part['type'] not in ('text', 'input_text', 'output_text') %}"
+    "{{ raise_exception('content has a part that is not text') }}{% endif %}{{ part['text'] }}{% endfor %}"
+    "{% else %}{{ raise_exception('content is neither a string nor a list of parts') }}{% endif %}{% endmacro %}"
 )
 EACH = (  # `role` of each turn m
     "{{ bos_token }}{% for m in messages %}{% set role = 'system' if m['role'] == 'developer' else m['role'] %}"
@@ -143,6 +148,11 @@ class Tokenizer:
             self.known[token] = found
         return self.known[token]
 
+    def check_template(self, strings: set[str]) -> None:
+        """ValueError where a template's own text spells a special token: transformers would read that."""
+        if spelt := [token for token in self.special for x in strings if token in x]:
+            raise ValueError(f"{self.folder}: {spelt[0]!r} is a special token here, and the template writes it as text")
+
     def written(self, token: str) -> str:
         """How `reader` spells a special token."""
         self.id(token)
@@ -164,7 +174,8 @@ class Tokenizer:
         """The ids for a model's config.json, as trained; a padding id only where there is one that ends nothing."""
         ends, pad = self.stop_ids(template), self.special.get(self.named.get("pad_token"), self.vocab_size)
         eos = ends if len(ends) > 1 else ends[0]
-        return {"bos_token_id": self.bos, "eos_token_id": eos, "pad_token_id": None if pad in ends or pad >= self.vocab_size else pad}
+        pad = None if pad in ends or pad >= self.vocab_size else pad
+        return {"bos_token_id": self.bos, "eos_token_id": eos, "pad_token_id": pad}
 
     def save(self, folder: str | Path, template: str) -> None:
         """tokenizer.json unchanged, tokenizer_config.json with the chat template, generation_config.json.

@@ -11,17 +11,23 @@ from published.rows import half_pair
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 ROLES |= {"system": "system", "developer": "system"}
-SWITCHES = "weight train training trainable loss loss_weight sample_weight".split()  # 1: trained on; 0: context only
+SWITCHES = (  # 1 or true: trained on; 0 or false: context only
+    "weight train trained training trainable train_on_turn supervised loss loss_weight loss_mask loss_scale "
+    "compute_loss sample_weight"
+).split()
 VERDICTS = ("label", "kto_tag")  # the same where it is true or false: whether an answer is a good one
 REFUSED = {  # fields that nothing here can honour, and why
-    "reasoning_content reasoning reasoning_details thinking thought": "no template here writes reasoning",
+    "reasoning_content reasoning reasoning_details thinking think thought": "no template here writes reasoning",
     "tools functions tool_calls tool_call_id tool_choice function_call": "no template here writes tools",
     "image images image_url video videos audio audios documents": "only text is read",
+    "context input": "only Alpaca has a place beside the question; put it into the question",
     "chosen rejected": "pairs of answers need another objective; give the good one as completion",
-    "train_detail loss_mask loss_scale mask": "an answer is trained on whole or, by weight 0, not at all",
     "chat_template chat_template_kwargs": "the form is that of --template",
 }
+MASKS = "mask masked mask_loss ignore_loss train_detail".split()  # 0 may mean either
 WHY = {name: why for names, why in REFUSED.items() for name in names.split()}
+WHY |= dict.fromkeys(MASKS, "an answer is trained on whole, or by a weight of 0 not at all")
+FORMATS = [{"messages"}, {"conversations"}, {"instruction", "output"}, {"prompt", "completion"}, {"text"}]
 NOTHING = ("", [], {}, False, "[]", "{}", "null")  # values with which a refused field says nothing
 
 
@@ -60,7 +66,7 @@ class Fields:
     def ignored(self) -> set[str]:
         """What nobody read and changes nothing; ValueError where a field would change something."""
         for name, value in self.left.items():
-            if name in WHY and value not in NOTHING:
+            if name in WHY and (value not in NOTHING or name in MASKS):
                 raise ValueError(f"{self.at}{name}: {WHY[name]}; take out the field, or the row")
         return self.left.keys() - WHY.keys()
 
@@ -69,14 +75,23 @@ def text(at: str, name: str, value) -> str:
     """A string, or a list of parts {"type": "text", "text": string} as one string."""
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         return "".join(text(at, f"{name}[{i}]", part) for i, part in enumerate(value))
-    if isinstance(value, dict) and (kind := value.get("type", "text")) not in ("text", "input_text", "output_text"):
-        raise ValueError(f"{at}{name} is of type {kind!r:.60}, and only text is read")
-    value = value.get("text") if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        part = Fields(f"{at}{name}.", value)
+        if (kind := part.take("type", usual="text")[1]) not in ("text", "input_text", "output_text"):
+            raise ValueError(f"{at}{name} is of type {kind!r:.60}, and only text is read")
+        value = part.take("text", usual=value)[1]
+        part.ignored()
+        if not part.train(True):
+            raise ValueError(f"{at}{name} is a part that is not trained on; make it a turn of its own")
     if not isinstance(value, str):
         raise ValueError(f"{at}{name} is {'missing' if value is None else type(value).__name__}, expected a string")
     if half := half_pair(value):
         raise ValueError(f"{at}{name} holds {half}, half of a surrogate pair; was an emoji cut in two?")
     return value
+
+
+def shown(value) -> str:
+    return json.dumps(value, default=str)[:60]
 
 
 def parse(where: str, row: dict) -> tuple[str, list[Turn], set[str]]:
@@ -85,8 +100,20 @@ def parse(where: str, row: dict) -> tuple[str, list[Turn], set[str]]:
     `where` names the row in messages: ValueError says which field is wrong, what it is, and what was expected.
     """
     fields, ignored = Fields(f"{where}: ", row), set()
+    if not any(needed <= fields.left.keys() for needed in FORMATS):
+        lists = [name for name, x in fields.left.items() if isinstance(x, list) and x and isinstance(x[0], dict)]
+        inside = f". Are the rows in {lists[0]!r}? Take them out: jq '.{lists[0]}' OLD > NEW" if lists else ""
+        if not inside:
+            fields.ignored()
+        raise ValueError(
+            f"{where}: fields {', '.join(map(repr, fields.left)) or 'none'}; expected conversations (LIMA, ShareGPT), "
+            f"messages, instruction and output (Alpaca), prompt and completion, or text{inside}"
+        )
     train, (name, talk) = fields.train(True), fields.take("messages", "conversations")
-    system, (_, history) = fields.text("system", "system_prompt", usual=""), fields.take("history", usual=[])
+    system, (_, history) = (
+        fields.text("system", "system_prompt", "system_message", usual=""),
+        fields.take("history", usual=[]),
+    )
 
     def turns(name: str, value, role: str, train: bool) -> list[Turn]:
         """A list of turns, or a text that is one turn of this role."""
@@ -103,23 +130,16 @@ def parse(where: str, row: dict) -> tuple[str, list[Turn], set[str]]:
     elif fields.left.keys() >= {"prompt", "completion"}:
         found, out = "dialogue", turns(*fields.take("prompt"), "user", False)
         out += turns(*fields.take("completion"), "assistant", train)
-    elif "text" in fields.left:
-        found, out = "text", [Turn("assistant", fields.text("text"), train)]
     else:
-        lists = [name for name, x in fields.left.items() if isinstance(x, list) and x and isinstance(x[0], dict)]
-        inside = f". Are the rows in {lists[0]!r}? Take them out: jq '.{lists[0]}' OLD > NEW" if lists else ""
-        raise ValueError(
-            f"{where}: fields {', '.join(map(repr, fields.left)) or 'none'}; expected conversations (LIMA, ShareGPT), "
-            f"messages, instruction and output (Alpaca), prompt and completion, or text{inside}"
-        )
+        found, out = "text", [Turn("assistant", fields.text("text"), train)]
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise ValueError(f"{where}: history is {json.dumps(history)[:60]}, expected a list of [instruction, answer]")
+        raise ValueError(f"{where}: history is {shown(history)}, expected a list of [instruction, answer]")
     earlier = [(f"history[{i}][{j}]", pair[j], j) for i, pair in enumerate(history) for j in (0, 1)]
-    out = [Turn(("user", "assistant")[j], text(fields.at, name, value), train) for name, value, j in earlier] + out
-    if system and out[0][:2] != ("system", system):
-        if out[0].role == "system":
-            raise ValueError(f"{where}: system and the first turn say different things; leave one out")
-        out = [Turn("system", system), *out]
+    earlier = [Turn(("user", "assistant")[j], text(fields.at, name, value), train) for name, value, j in earlier]
+    first = [out.pop(0)] if out[0].role == "system" else []
+    if system and first and first[0].text != system:
+        raise ValueError(f"{where}: system and the first turn say different things; leave one out")
+    out = [Turn("system", system)] * bool(system and not first) + first + earlier + out
     if found == "text" and len(out) > 1:
         raise ValueError(f"{where}: text with system or history, expected text alone")
     return found, out, ignored | fields.ignored()
@@ -128,7 +148,7 @@ def parse(where: str, row: dict) -> tuple[str, list[Turn], set[str]]:
 def dialogue(at: str, name: str, given, train: bool, ignored: set[str]) -> list[Turn]:
     """The turns in a list; names of fields that change nothing are added to `ignored`."""
     if not isinstance(given, list) or not given:
-        raise ValueError(f"{at}{name} is {json.dumps(given)[:60]}, expected a list of turns")
+        raise ValueError(f"{at}{name} is {shown(given)}, expected a list of turns")
     out = []
     for i, turn in enumerate(given):
         if isinstance(given[0], str) and name == "conversations":  # LIMA: the user begins, then they alternate
@@ -137,7 +157,7 @@ def dialogue(at: str, name: str, given, train: bool, ignored: set[str]) -> list[
         fields = Fields(f"{at}{name}[{i}].", turn if isinstance(turn, dict) else {})
         _, role = fields.take("role", "from")
         if not isinstance(role, str) or role not in ROLES:
-            found = f"{name}[{i}] is {json.dumps(turn)[:60]}"
+            found = f"{name}[{i}] is {shown(turn)}"
             raise ValueError(f"{at}{found}, expected a role: {', '.join(ROLES)}")
         content, learnt = fields.take("content", "value"), fields.train(train, ROLES[role])
         ignored |= fields.ignored()  # before an absent content is missed: tool_calls take its place

@@ -31,7 +31,7 @@ from published import digests as digests_of
 from published import weights
 from published.files import read_json, write_json
 from published.hub import data_file, resolve
-from published.rows import readable
+from published.rows import half_pair, readable
 from published.tokenizer import Tokenizer
 from support.named import Named
 from support.ranks import INTERRUPTS, Ranks, everywhere, first_line
@@ -48,6 +48,9 @@ CHECKSUMS, OWN_STATE = "crc32.json", "objective.pt"
 
 def record(cfg, objective: Named, grouper: Named) -> dict:
     """What a run is, for its config.json: the settings, and digests of data, models and a user's own functions."""
+    for name, value in vars(cfg).items():  # before anything slow: config.json could not hold it
+        if isinstance(value, str) and (half := half_pair(value)):
+            raise ValueError(f"--{name.replace('_', '-')}: a path that is not UTF-8 ({half}); rename it")
     digests = {"objective": objective.digest, "grouper": grouper.digest}
     digests |= {"data": digests_of.of_file(readable(data_file(cfg.data)))}
     scorers = {"rho1": "reference", "llmlingua2": "llmlingua_model"} if grouper.digest is None else {}
@@ -61,11 +64,11 @@ def record(cfg, objective: Named, grouper: Named) -> dict:
 def training(config: dict, digests: dict[str, str]) -> dict:
     """The settings of a run that decide what is trained; what has a digest counts by content, not by path."""
     aside = NOT_TRAINING | ({"micro_batch_tokens"} if config["scope"] == "step" else set())
-    aside |= {"llmlingua_model"} - digests.keys()  # it was not used
-    own = {name: f"content {digest[:20]}" for name, digest in digests.items()}
-    own |= {
-        name: f"{config[name].rpartition(':')[2]} with {own[name]}" for name in ("objective", "grouper") if name in own
-    }
+    known = digests.items() if isinstance(digests, dict) else ()
+    own = {name: f"content {digest[:20]}" for name, digest in known if isinstance(digest, str)}
+    aside |= {"llmlingua_model"} - own.keys()  # it was not used
+    for name in own.keys() & {"objective", "grouper"}:  # NAME of FILE.py:NAME
+        own[name] = f"{str(config.get(name)).rpartition(':')[2]} with {own[name]}"
     return {name: x for name, x in json.loads(json.dumps(config | own)).items() if name not in aside}
 
 
@@ -83,7 +86,11 @@ def finished(about: dict, out: Path) -> bool:
     begun = any((out / name).exists() for name in ("checkpoints", "model"))
     if not begun and not (log.exists() and log.stat().st_size):
         return False  # a run that failed before its first step: the folder is free
-    was, now = training(config, before.get("digests", {})), training(**about)
+    digests = before.get("digests", {})
+    if not isinstance(digests, dict) or "data" not in digests:
+        unknown = "holds a run that did not record the content of its data and model (by an earlier version)"
+        raise ValueError(f"{out}: {unknown}; choose another --out, or move it away")
+    was, now = training(config, digests), training(**about)
     if changed := [name for name in now if was.get(name) != now[name]]:
         names, name = ", ".join(changed[:3]) + ", …" * (len(changed) > 3), changed[0]
         difference = f"{name} {was.get(name)}, now {now[name]}"
@@ -304,6 +311,12 @@ def reason(e: BaseException) -> str:
 # The end.
 
 
+def finite(model: Llama, dtype: torch.dtype, ranks: Ranks, when: str, cure: str) -> None:
+    """Refuse, on every rank, weights that would not be finite in the type in which they will be saved."""
+    if faults := [*filter(None, ranks.together(lambda: weights.not_finite(model, dtype)))]:
+        raise everywhere(ValueError(f"{when} {faults[0]}; {cure} --save-dtype"))
+
+
 def export(model: Llama, tokenizer: Tokenizer, template: str, dtype: torch.dtype, out: Path, ranks: Ranks) -> None:
     """OUT/model in the published layout; a folder of that name is complete.
 
@@ -312,9 +325,7 @@ def export(model: Llama, tokenizer: Tokenizer, template: str, dtype: torch.dtype
     Raises:
         ValueError: the last update left weights that are not finite in `dtype`.
     """
-    if faults := [*filter(None, ranks.together(lambda: weights.not_finite(model, dtype)))]:
-        cure = "Lower --lr, or choose a wider --save-dtype"
-        raise everywhere(ValueError(f"{out}: after the last update {faults[0]}; no model written. {cure}"))
+    finite(model, dtype, ranks, f"{out}: after the last update", "no model written. Lower --lr, or choose a wider")
 
     def full(p: torch.Tensor) -> torch.Tensor:
         return p.full_tensor() if isinstance(p, DTensor) else p

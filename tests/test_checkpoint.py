@@ -1,5 +1,6 @@
 """support/checkpoint.py: what is there under its own name is complete, what is damaged is passed over, nothing is lost."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from test_train import config, metrics, run
 import train
 from model import Llama
 from support import checkpoint
+from support.named import named
 from support.ranks import INTERRUPTS, interrupt_once
 
 ROOT = Path(__file__).parents[1]
@@ -243,8 +245,9 @@ def test_a_plan_that_the_disk_cannot_hold_is_refused(folder, rows, tmp_path, mon
     held = tmp_path / "out" / "checkpoints" / "step-000002" / "__0_0.distcp"
     held.parent.mkdir(parents=True)
     held.write_bytes(b"x")  # which newer ones will replace
-    about = {"config": vars(config(folder, rows, *flags)), "versions": {}, "git_commit": None}
-    (tmp_path / "out" / "config.json").write_text(json.dumps(about))
+    cfg = config(folder, rows, *flags)
+    about = checkpoint.record(cfg, named(cfg.objective, "--objective"), named(cfg.grouper, "--grouper"))
+    (tmp_path / "out" / "config.json").write_text(json.dumps(about | {"versions": {}, "git_commit": None}))
     run(folder, rows, *flags)
     held.parent.rename(held.parent.with_suffix(".damaged"))  # which stay
     with pytest.raises(ValueError, match=refusal):
@@ -252,6 +255,47 @@ def test_a_plan_that_the_disk_cannot_hold_is_refused(folder, rows, tmp_path, mon
 
 
 # Who may write a folder.
+
+
+def test_a_run_is_its_content_wherever_that_lies(folder, rows, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    run(folder, rows, "--out", out)
+    digests = json.loads((out / "config.json").read_text())["digests"]
+    assert digests["data"] == hashlib.sha256(Path(rows).read_bytes()).hexdigest() and len(digests["model"]) == 64
+    copy, moved = shutil.copytree(folder, tmp_path / "copy"), shutil.copy(rows, tmp_path / "moved.jsonl")
+    (tmp_path / "link").symlink_to(copy)
+    monkeypatch.chdir(tmp_path)
+    for model, data in ((copy, rows), ("link", "moved.jsonl"), (folder, moved)):
+        capsys.readouterr()
+        run(model, data, "--out", out)
+        assert "already finished" in capsys.readouterr().out
+    Path(moved).write_bytes(Path(moved).read_bytes() + b"\n")
+    with pytest.raises(ValueError, match=r"holds a run with another data \(data content \w+, now content \w+\)"):
+        run(copy, moved, "--out", out)
+    (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text() + "\n")
+    with pytest.raises(ValueError, match="holds a run with another model "):
+        run("link", rows, "--out", out)
+    about = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(about | {"digests": {}}))
+    with pytest.raises(ValueError, match="did not record the content of its data and model"):
+        run(folder, rows, "--out", out)
+
+
+def test_weights_that_the_saved_type_cannot_hold_and_paths_that_json_cannot_are_refused_before_training(
+    folder, rows, tmp_path
+):
+    model = Llama.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.norm.weight[3] = 1e30
+    large = shutil.copytree(folder, tmp_path / "large")
+    model.save_pretrained(large)
+    with pytest.raises(
+        ValueError, match="as loaded, .*model.norm.weight.* nothing trained. Choose a wider --save-dtype"
+    ):
+        run(large, rows, "--out", tmp_path / "out", "--save-dtype", "float16")
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    with pytest.raises(ValueError, match="--out: a path that is not UTF-8"):
+        run(folder, rows, "--out", tmp_path / "d\udce4")
 
 
 def test_without_out_each_run_takes_the_next_free_folder(folder, rows, tmp_path, monkeypatch):

@@ -230,7 +230,7 @@ def test_objects_from_python_train_as_the_same_functions_of_a_file_do(folder, ro
     assert same(by_file, by_name) and same(by_file, by_object)
     about = json.loads((tmp_path / "c" / "config.json").read_text())
     assert about["config"]["objective"] == "test_named:soft_worst" and about["config"]["grouper"] == "test_named:length"
-    assert all(len(digest) == 64 for digest in about["digests"].values()) and len(about["digests"]) == 2
+    assert all(len(digest) == 64 for digest in about["digests"].values()) and len(about["digests"]) == 4
 
 
 @pytest.mark.fast
@@ -287,7 +287,7 @@ def test_a_run_is_known_by_the_content_of_the_file_and_not_by_its_place(folder, 
     out = tmp_path / "out"
     run(folder, rows, out, "--objective", f"{mine}:plain")
     about = json.loads((out / "config.json").read_text())
-    assert about["config"]["objective"] == f"{mine}:plain" and [*about["digests"]] == ["objective"]
+    assert about["config"]["objective"] == f"{mine}:plain" and [*about["digests"]] == ["objective", "data", "model"]
     elsewhere = tmp_path / "elsewhere.py"
     elsewhere.write_text(MINE)
     capsys.readouterr()

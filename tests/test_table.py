@@ -290,7 +290,7 @@ def test_what_does_not_go_together_is_refused(tmp_path, case, said):
         ({"tasks": {"mmlu": {"acc": 0.5, "made": 3}}}, "made is 3, expected dict"),
         ({"tasks": {"mmlu": {"acc": "0.5"}}}, "mmlu acc is '0.5', expected a share from 0 to 1"),
         ({"tasks": {"mmlu": {"acc": None}}}, "mmlu acc is None, expected a share"),
-        ({"tasks": {"mmlu": {"acc": float("nan")}}}, "mmlu acc is nan, expected a share"),
+        ({"tasks": {"mmlu": {"acc": float("nan")}}}, "tasks cannot be written as JSON"),
         ({"tasks": {"mmlu": {"acc": 50.0}}}, "mmlu acc is 50.0, expected a share"),
         ({"tasks": {"truthfulqa_mc": {"mc1": 0.3}}}, "truthfulqa_mc mc1 acc is None, expected a share"),
         ({"fingerprint": 3}, "fingerprint is 3, expected str"),

@@ -229,6 +229,50 @@ def test_a_token_that_only_the_settings_name_is_not_made_of_text_and_flags_of_tr
     assert saved["add_prefix_space"] is True and saved["pad_token"] == "rivers" and "legacy" not in saved
 
 
+def test_a_special_token_that_the_template_writes_as_text_is_refused(tmp_path):
+    made = byte_level()
+    made.add_special_tokens(["Assistant:"])
+    ours = Tokenizer(folder_of(tmp_path / "m", made.to_str()), 8192)
+    with pytest.raises(ValueError, match="'Assistant:' is a special token here, and the template writes it as text"):
+        prompt_ids(ours, "plain", [("user", "Hi"), ("assistant", None)])
+    assert prompt_ids(ours, "alpaca", [("user", "Hi"), ("assistant", None)])
+
+
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
+PARTS = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+NOT_RENDERED = {
+    "a tool's turn": ([USER, {"role": "tool", "content": "3"}], {}),
+    "a tool call": ([USER, ANSWER | {"content": "", "tool_calls": [{"function": {"name": "f"}}]}], {}),
+    "reasoning": ([USER, ANSWER | {"reasoning_content": "Hm"}], {}),
+    "tools": ([USER], {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}),
+    "no content": ([USER | {"content": None}], {}),
+    "a number": ([USER | {"content": 5}], {}),
+    "no parts": ([USER | {"content": []}], {}),
+    "a picture": ([USER | {"content": [{"type": "image_url", "text": "cap"}]}], {}),
+}
+
+
+@pytest.mark.parametrize("template", CHAT_TEMPLATES)
+def test_the_exported_template_raises_where_it_would_drop_something_and_reads_parts(tmp_path, template):
+    transformers = pytest.importorskip("transformers")
+    ours = Tokenizer(folder_of(tmp_path / "m", built("byte-level BPE")), 8192)
+    ours.save(tmp_path / "m", template)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    for name, (messages, how) in NOT_RENDERED.items():
+        with pytest.raises(Exception, match="this model knows|no turns of role|content ") as e:
+            theirs.apply_chat_template(messages, tokenize=False, **how)
+        assert type(e.value).__name__ == "TemplateError", name
+    for generate in (True, False):
+        how = {"tokenize": False, "add_generation_prompt": generate}
+        text = theirs.apply_chat_template([USER], **how)
+        assert theirs.apply_chat_template([USER | {"content": PARTS}], **how) == text
+        assert text.rstrip().endswith(("Assistant:", "### Response:", "assistant<|end_header_id|>")) is generate
+    more = [[{"role": "system", "content": "x"}, USER], [USER, ANSWER, USER]]
+    for messages in more if template == "alpaca" else ():
+        with pytest.raises(Exception, match="one user turn and at most one answer"):
+            theirs.apply_chat_template(messages, tokenize=False)
+
+
 UNREADABLE = {
     "only between blanks": (partial(flagged, single_word=True), {}, r"<s> would not be read beside a letter"),
     "no token of that name": (byte_level, {"eos_token": "<end>"}, "no eos_token: neither"),

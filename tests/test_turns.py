@@ -1,5 +1,6 @@
 """published/turns.py, rows.py, digests.py: what a row says is what is trained on; a file is known by what it holds."""
 
+import gzip
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from model import Llama
 from published import digests
 from published.rows import read_rows
 from published.tokenizer import Tokenizer
-from published.turns import REFUSED, SWITCHES, parse
+from published.turns import SWITCHES, WHY, parse
 
 U, A, S = (lambda text, role=role: {"role": role, "content": text} for role in ("user", "assistant", "system"))
 ONE = [("user", "Hi", False), ("assistant", "Yes", True)]
@@ -29,6 +30,11 @@ READ = {
     "train false": ({"messages": [U("Hi"), A("No") | {"train": False}, U("Hi"), A("Yes")]}, "No", ONE),
     "loss 0.0": ({"conversations": [U("Hi"), A("No") | {"loss": 0.0}, U("Hi") | {"loss": 0}, A("Yes")]}, "No", ONE),
     "messages before the answer": ({"prompt": [U("Hi"), A("No"), U("Hi")], "completion": [A("Yes")]}, "No", ONE),
+    "history after a system turn": (
+        {"messages": [S("Be brief"), U("Hi"), A("Yes")], "history": [["Hi", "Yes"]]},
+        None,
+        [("system", "Be brief", False), *ONE, *ONE],
+    ),
     "history": ({"instruction": "Hi", "output": "Yes", "history": [["Hi", "Yes"]]}, None, ONE + ONE),
 }
 
@@ -59,7 +65,7 @@ def test_a_system_turn_is_read_wherever_it_stands(name):
 
 
 def test_null_is_not_there_and_refused_fields_that_say_nothing_are_nothing():
-    fields = {name: None for names in REFUSED for name in names.split()} | {"text": None, "system": None, "x": None}
+    fields = dict.fromkeys(WHY) | {"text": None, "system": None, "x": None}
     row = {"messages": [U("Hi") | fields, A("Yes") | fields | {"weight": None}], "prompt": None} | fields
     assert turns(row) == ONE and parse("", row)[2] == set()
     empty = {"tools": [], "images": [], "reasoning_content": "", "function_call": {}, "tool_calls": "[]"}
@@ -93,6 +99,18 @@ REFUSED_ROWS = {
     "two systems": ({"system": "a", "messages": [S("b"), U("c"), A("d")]}, "system and the first turn say different"),
     "history of another form": ({"instruction": "a", "output": "b", "history": ["c"]}, "history is .*expected a list"),
     "text with a system": ({"text": "a", "system": "b"}, "text with system or history"),
+    "a mask of 0": ({"messages": [U("Hi"), A("Yes") | {"mask": 0}]}, r"messages\[1\]\.mask: an answer is trained on"),
+    "a list of weights": ({"messages": [U("Hi"), A("Yes") | {"loss_mask": [0, 1]}]}, r"\.loss_mask is \[0, 1\]"),
+    "a part not to train": (
+        {"messages": [U("Hi"), A([{"type": "text", "text": "Yes", "train": False}])]},
+        "a part that is not trained on",
+    ),
+    "a context": ({"instruction": "Hi", "output": "Yes", "context": "x"}, "here: context: only Alpaca has a place"),
+    "an input beside a prompt": ({"prompt": "Hi", "completion": "Yes", "input": "x"}, "here: input: only Alpaca"),
+    "preferences alone": ({"prompt": "Hi", "chosen": "Yes", "rejected": "No"}, "here: chosen: pairs of answers"),
+    "split by name": ({"train": [{"prompt": "a"}]}, r"Are the rows in 'train'\?"),
+    "columns": ({"prompt": {"0": "a"}, "completion": {"0": "b"}}, "here: prompt is dict, expected a string"),
+    "bytes of Parquet": ({"messages": b"x"}, "messages is .*expected a list"),
     "rows inside": ({"data": [{"prompt": "a"}]}, r"fields 'data'.*Are the rows in 'data'\? Take them out: jq '\.data'"),
     "half a pair in a part": ({"messages": [U([{"text": "\ud83d"}]), A("b")]}, r"content\[0\] holds \\ud83d"),
 }
@@ -140,6 +158,14 @@ OTHER_KINDS = {
     "rows.tar": (b"a" + b"\0" * 256 + b"ustar\x0000", "tar archive"),
     "rows.arrow": (b"\xff\xff\xff\xff\x10\x00", "Arrow.*to_json"),
     "rows.pkl": (b"\x80\x04\x95\x10", "pickle"),
+    "rows.XLSX.xlsx": (b"PK\x03\x04....", "a spreadsheet"),
+    "old.pkl": (b"\x80\x02}q", "pickle"),
+    "rows.npy": (b"\x93NUMPY", "numpy"),
+    "twice.gz": (gzip.compress(gzip.compress(b"x")), "gzipped twice"),
+    "rows.parquet.gz": (gzip.compress(b"PAR1"), "gzipped Parquet"),
+    "rows.txt": (b"prompt,completion\nHi,Yes\n", "CSV"),
+    "tabs.tsv.gz": (gzip.compress(b"prompt\tcompletion\n"), "CSV"),
+    "page.jsonl": (b"\xef\xbb\xbf\n <html>", "a web page"),
     "rows.csv": (b"prompt,completion\nHi,Yes\n", "CSV.*to_json"),
     "page.json": (b"<!DOCTYPE html><html>", "a web page"),
     "lfs.json": (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
