@@ -116,12 +116,12 @@ def load(model: nn.Module, files: dict[str, Path], part: Part) -> None:
         tensor = read_tensor(path, name, rows)
         if name in wanted:
             finite[name] = target.copy_(tensor).isfinite().all()  # a GPU is asked at the end: no wait in between
-        elif not torch.equal(tensor, read_tensor(files[EMBEDDING], EMBEDDING, rows)):
+        elif tensor.isfinite().all() and not torch.equal(tensor, read_tensor(files[EMBEDDING], EMBEDDING, rows)):
             claim = "but config.json says they are tied (tie_word_embeddings)"
             raise ValueError(f"{path}: {HEAD} differs from the embedding, {claim}")
     if bad := [name for name, holds in finite.items() if not holds]:
         fix = "its maker's fault, or a damaged download"
-        raise ValueError(f"{files[bad[0]]}: {bad[0]} holds nan or infinity ({len(bad)} such tensors); {fix}")
+        raise ValueError(f"{files[bad[0]]}: {bad[0]} is not finite: nan or infinity in {len(bad)} of {len(finite)} tensors; {fix}")
 
 
 def not_finite(model: nn.Module, dtype: torch.dtype | None = None) -> str:
