@@ -196,7 +196,7 @@ def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: 
     counts = {what: int(n) for what, n in sorted(counts.items()) if n}
     if not usable.any():
         why = ", ".join(f"{n} {what}" for what, n in counts.items())
-        raise ValueError(f"{path}: none of {len(rows)} rows is usable ({why}); each needs a response within --context")
+        raise ValueError(f"{path}: none of {len(rows)} rows is usable ({why}); each needs a response to train on, within --context")
     corpus = corpus if usable.all() else corpus.take(np.flatnonzero(usable))
     return replace(corpus, counts={"rows": len(rows), "kept": len(corpus), **counts}, ignored=frozenset(ignored))
 

@@ -22,9 +22,8 @@ def command_line(prog: str, description: str, scores: bool = False) -> argparse.
 
 def say(text: str) -> None:
     """Print lines; where nobody reads on (`| head`), these and all later ones go nowhere."""
+    encoding = sys.stdout.encoding or "utf-8"  # perhaps without ±
     try:
-        print(text, flush=True)
-    except UnicodeEncodeError:  # a terminal without ±
-        print(text.encode("ascii", "replace").decode(), flush=True)
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pickle
+import shlex
 import shutil
 import subprocess
 import sys
@@ -94,6 +95,8 @@ def finished(about: dict, out: Path) -> bool:
     if changed := [name for name in now if was.get(name) != now[name]]:
         names, name = ", ".join(changed[:3]) + ", …" * (len(changed) > 3), changed[0]
         difference = f"{name} {was.get(name)}, now {now[name]}"
+        if str(now[name]).startswith("content"):
+            difference += f": what --{name.replace('_', '-')} {about['config'][name]} holds is not what it was"
         raise ValueError(
             f"{out}: holds a run with another {names} ({difference}); choose another --out, or move it away"
         )
@@ -228,7 +231,7 @@ def saved(out: Path) -> str:
     last = newest(out)
     if last == "none":
         return f"no checkpoint in {out} yet; the same command starts anew"
-    return f"saved: {last}; resume with the same command and --out {out}"
+    return f"saved: {last}; the same command resumes it, with --out {shlex.quote(str(out))}"
 
 
 def crc32(path: Path) -> int:

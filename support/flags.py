@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
             flag = name.replace("_", "-").lower()
             words = flag.strip("-").replace("-", " ")  # --learning-rate: those words in the help of --lr
             near = [x for x, action in known.items() if len(words) > 3 and words in (action.help or "").lower()]
-            near = get_close_matches(flag, known, 1) or near
+            near = get_close_matches(flag, known, 1, 0.7) or near
             message += f"; no flag {name}" * (name not in message) + (f"; nearest: {near[0]}" if near else "")
         super().error(message)
 
