@@ -231,7 +231,7 @@ def saved(out: Path) -> str:
     last = newest(out)
     if last == "none":
         return f"no checkpoint in {out} yet; the same command starts anew"
-    return f"saved: {last}; the same command resumes it, with --out {shlex.quote(str(out))}"
+    return f"saved: {last}; resume with the same command and --out {shlex.quote(str(out))}"
 
 
 def crc32(path: Path) -> int:
