@@ -196,7 +196,8 @@ def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: 
     counts = {what: int(n) for what, n in sorted(counts.items()) if n}
     if not usable.any():
         why = ", ".join(f"{n} {what}" for what, n in counts.items())
-        raise ValueError(f"{path}: none of {len(rows)} rows is usable ({why}); each needs a response to train on, within --context")
+        needed = "each needs a response to train on, within --context"
+        raise ValueError(f"{path}: none of {len(rows)} rows is usable ({why}); {needed}")
     corpus = corpus if usable.all() else corpus.take(np.flatnonzero(usable))
     return replace(corpus, counts={"rows": len(rows), "kept": len(corpus), **counts}, ignored=frozenset(ignored))
 
@@ -219,29 +220,19 @@ def tokenize(documents: list[list[tuple[int, str]]], tokenizer: Tokenizer) -> Co
 def encode(documents: list[list[tuple[int, str]]], tokenizer: Tokenizer) -> tuple:
     """Documents end to end: (ids, kinds, spans, tokens of each, how many have an answer read apart, text); spans are
     characters of that text."""
-    parts = [
-        (i, *part) for i, pieces in enumerate(documents) for part in seams([(SPECIAL, tokenizer.bos_token), *pieces])
-    ]
     tokenizer.check_template({s for pieces in documents for kind, s in pieces if kind == TEMPLATE})
-    spelt = [
-        [tokenizer.written(s) if kind >= END else s for kind, s in before + answer] for *_, before, answer in parts
-    ]
-    wholes, ids, offsets, apart = [*map("".join, spelt)], [], [], set()
-    befores = ["".join(strings[: len(before)]) for strings, (*_, before, _) in zip(spelt, parts)]
+    bos = (SPECIAL, tokenizer.bos_token)
+    parts = [(i, *part) for i, pieces in enumerate(documents) for part in seams([bos, *pieces])]
+    befores = ["".join(spelt(before, tokenizer)) for *_, before, _ in parts]
+    wholes = [before + "".join(spelt(part[-1], tokenizer)) for before, part in zip(befores, parts)]
     prompts = tokenizer.reader.encode_batch_fast(befores, add_special_tokens=False)
+    encodings = tokenizer.reader.encode_batch(wholes, add_special_tokens=False)
+    ids, offsets, apart = [], [], set()
     count = np.zeros((len(parts), 2), np.int64)  # tokens of each part: before its answer, and of that
-    for i, (part, prompt, whole) in enumerate(
-        zip(parts, prompts, tokenizer.reader.encode_batch(wholes, add_special_tokens=False))
-    ):
-        document, known, tokens, at, n = *part[:2], whole.ids, whole.offsets, len(prompt)
+    for i, (prompt, encoding) in enumerate(zip(prompts, encodings)):
+        (document, known, *_), n, tokens, at = parts[i], len(prompt), encoding.ids, encoding.offsets
         if tokens[:n] != prompt.ids:
-            tokens, at, size = (
-                prompt.ids,
-                tokenizer.reader.encode(befores[i], add_special_tokens=False).offsets,
-                len(befores[i]),
-            )
-            alone = tokenizer.apart.encode(wholes[i][size:], add_special_tokens=False)
-            tokens, at = tokens + alone.ids, at + [(a + size, b + size) for a, b in alone.offsets]
+            tokens, at = read_apart(befores[i], wholes[i][len(befores[i]) :], tokenizer)
             apart.add(document)
         ids.append(tokens[known:])
         offsets.append(at[known:])
@@ -250,8 +241,9 @@ def encode(documents: list[list[tuple[int, str]]], tokenizer: Tokenizer) -> tupl
     spans = np.fromiter(chain.from_iterable(chain.from_iterable(offsets)), np.int64).reshape(-1, 2)
     spans += np.repeat(np.cumsum([0, *map(len, wholes)])[:-1], count.sum(1))[:, None]
     # Of each character: what it is of, and how many of the text's and of its prompts' there are before it.
-    pieces = [kind for *_, before, answer in parts for kind, _ in before + answer] + [SPECIAL]
-    of = np.repeat(np.array(pieces, np.uint8), [*map(len, chain(*spelt)), 1])
+    pieces = [piece for *_, before, answered in parts for piece in before + answered]
+    kinds = np.array([kind for kind, _ in pieces] + [SPECIAL], np.uint8)
+    of = np.repeat(kinds, [*map(len, spelt(pieces, tokenizer)), 1])
     text_before, prompt_before = (np.cumsum(x) - x for x in (of < END, of == PROMPT))
     begin = np.minimum(spans[:, 0], len(of) - 2)
     stop = np.maximum(spans[:, 1], begin + 1)  # a tokenizer may give white space an empty span: see what follows it
@@ -261,13 +253,20 @@ def encode(documents: list[list[tuple[int, str]]], tokenizer: Tokenizer) -> tupl
     kinds[np.repeat(np.tile([False, True], len(parts)), count.ravel())] = RESPONSE
     kinds[count.sum(1).cumsum()[count[:, 1] > 0] - 1] = END
     lengths = np.bincount([part[0] for part in parts], count.sum(1), len(documents)).astype(np.int64)
-    text = "".join(
-        s
-        for strings, (*_, before, answer) in zip(spelt, parts)
-        for s, (kind, _) in zip(strings, before + answer)
-        if kind < END
-    )
-    return ids, kinds, text_before[spans], lengths, len(apart), text
+    return ids, kinds, text_before[spans], lengths, len(apart), "".join(s for kind, s in pieces if kind < END)
+
+
+def spelt(pieces: list[tuple[int, str]], tokenizer: Tokenizer) -> list[str]:
+    """Pieces as strings for `tokenizer.reader`."""
+    return [tokenizer.written(s) if kind >= END else s for kind, s in pieces]
+
+
+def read_apart(before: str, answered: str, tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
+    """(ids, spans) of two strings end to end, each read by itself."""
+    first = tokenizer.reader.encode(before, add_special_tokens=False)
+    second = tokenizer.apart.encode(answered, add_special_tokens=False)
+    n = len(before)
+    return first.ids + second.ids, first.offsets + [(a + n, b + n) for a, b in second.offsets]
 
 
 def seams(pieces: list[tuple[int, str]]) -> Iterator[tuple[int, list, list]]:

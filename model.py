@@ -254,5 +254,7 @@ class Llama(nn.Module):
         return self
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write config.json and the weights in `dtype` (None: as they are)."""
+        """Write config.json and the weights in `dtype` (None: as they are); ValueError: one is not finite in it."""
+        if fault := dtype and weights.not_finite(self, dtype):
+            raise ValueError(f"{folder}: {fault}; not written")
         weights.save(self, Path(folder), dtype)

@@ -34,7 +34,7 @@ BENCHMARKS = {
     "openbookqa": Benchmark((openbookqa.TEST,), openbookqa.load),
     "hellaswag": Benchmark((hellaswag.VALIDATION,), hellaswag.load),
     "truthfulqa_mc": Benchmark((truthfulqa.CHOICE,), truthfulqa.load_choice, truthfulqa.summarize_choice),
-    "truthfulqa_gen": Benchmark((truthfulqa.ANSWERS,), truthfulqa.load_answers),
+    "truthfulqa_gen": Benchmark((truthfulqa.ANSWERS,), truthfulqa.load_answers, truthfulqa.summarize_answers),
     "ifeval": Benchmark((ifeval.TRAIN,), ifeval.load, ifeval.summarize),
 }
 

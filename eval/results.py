@@ -8,6 +8,7 @@ from pathlib import Path
 from filelock import FileLock  # comes with torch
 
 from eval import say
+from published.digests import of_file
 from published.files import read_json, write_json
 from published.weights import weight_files
 
@@ -38,7 +39,7 @@ def typed(where: str, values: dict, kinds: dict) -> None:
 
 
 def run_of(model: Path) -> dict | None:
-    """What trained a run's model: its configuration, and the digests of a user's files; None for any other model."""
+    """What trained a run's model: its configuration and digests; None for any other model."""
     path = model.parent / "config.json"
     about = read_json(path) if model.name == "model" and path.is_file() else {}
     return about["config"] | {"digests": about.get("digests", {})} if isinstance(about.get("config"), dict) else None
@@ -47,13 +48,8 @@ def run_of(model: Path) -> dict | None:
 def fingerprint(folder: Path) -> str:
     """SHA-256 of what makes the model and its texts: weights, configuration, tokenizer."""
     files = [folder / name for name in FINGERPRINTED if (folder / name).is_file()]
-    digests = [f"{path.name} {digest(path)}" for path in files + sorted(set(weight_files(folder).values()))]
+    digests = [f"{path.name} {of_file(path)}" for path in files + sorted(set(weight_files(folder).values()))]
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
-
-
-def digest(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def earlier(out: Path, about: dict, samples: dict[str, Path]) -> dict:
@@ -68,7 +64,7 @@ def earlier(out: Path, about: dict, samples: dict[str, Path]) -> dict:
         if name not in before["tasks"] and path.exists():
             raise ValueError(f"{path}: exists; choose another --samples, or move it away")
         made = before["tasks"].get(name, {}).get("made", {})
-        if name in before["tasks"] and not (path.is_file() and digest(path) == made.get("samples_sha256")):
+        if name in before["tasks"] and not (path.is_file() and of_file(path) == made.get("samples_sha256")):
             raise ValueError(f"{out}: has {name} without {path}; to score it again choose another --out")
     return before
 
@@ -96,7 +92,7 @@ def record(out: Path, about: dict, name: str, summary: dict, samples: Path | Non
             if samples:
                 lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
                 samples = write_new(samples, "".join(f"{line}\n" for line in lines))
-                summary["made"] |= {"samples": str(samples), "samples_sha256": digest(samples)}
+                summary["made"] |= {"samples": str(samples), "samples_sha256": of_file(samples)}
             before["tasks"][name] = summary
         else:
             say(f"{out}: another command has written {name} in the meantime; its scores and samples stay")
@@ -132,5 +128,5 @@ def line(name: str, n: int, summary: dict, seconds: float) -> str:
             scores.append(f"{label} {100 * value:.2f}" + ("" if error is None else f" ± {100 * error:.2f}"))
     scores += [f"{key} {100 * part['acc']:.2f}" for key, part in summary.get("categories", {}).items() if part["n"]]
     if failed := summary.get("checks_failed"):
-        scores.append(f"{failed} responses broke a check (not followed)")
+        scores.append(f"{failed} responses broke a check and count as failed")
     return f"{name:<16}{n:>7,}{seconds:>9.1f}{n / seconds:>9.1f}   {', '.join(scores)}"

@@ -84,12 +84,25 @@ def load_answers(data: Path) -> list[Prompt]:
 
 
 def judge(correct: list[str], incorrect: list[str], answer: str) -> dict[str, float]:
-    """BLEU, ROUGE-1, -2, -L: the best over correct references, that less the best over incorrect ones, and its sign."""
-    right, wrong = (np.max([measure(answer, r) for r in references], axis=0) for references in (correct, incorrect))
+    """BLEU, ROUGE-1, -2, -L: the best over correct references, that less the best over incorrect ones, and its sign.
+
+    An answer that a measure fails on is as near to both: it counts as wrong.
+    """
+    failed = {}
+    try:
+        right, wrong = (np.max([measure(answer, r) for r in references], axis=0) for references in (correct, incorrect))
+    except Exception:  # of any kind
+        right, wrong, failed = np.zeros(4), np.zeros(4), {"checks_failed": 1}
     scores = {}
     for name, a, b in zip(("bleu", "rouge1", "rouge2", "rougeL"), right.tolist(), wrong.tolist()):
         scores |= {f"{name}_max": a, f"{name}_diff": a - b, f"{name}_acc": float(a > b)}
-    return scores
+    return scores | failed
+
+
+def summarize_answers(results: Results) -> dict:
+    (rows,) = results.values()
+    measured = [{name: x for name, x in row.items() if name != "checks_failed"} for row in rows]
+    return mean(measured) | {"checks_failed": sum(row.get("checks_failed", 0) for row in rows)}
 
 
 def measure(answer: str, reference: str) -> list[float]:

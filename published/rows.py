@@ -10,9 +10,9 @@ from pathlib import Path
 from published.files import read_text
 
 FILES = (".jsonl", ".json", ".parquet")
-CSV = "a table of text (CSV); write its rows as JSON lines, as pandas' to_json(FILE, orient='records', lines=True) does"
 ARCHIVE = "unpack it and give one of its files"
 JSON_LINES = "write its rows as JSON lines"
+CSV = f"a table of text (CSV); {JSON_LINES}, as pandas' to_json(FILE, orient='records', lines=True) does"
 PICKLE = f"a Python pickle, which can run code when opened; {JSON_LINES}"
 PAGE = "a web page in place of a file; fetch the file itself (its raw or download link)"
 DATASETS = "of the datasets library; write it with Dataset.to_json"
@@ -73,9 +73,8 @@ def readable(path: Path) -> Path:
     """The path of a file of rows; ValueError says what else it is, and what to do."""
     if path.is_dir():
         inside = sorted(x.name for x in path.iterdir() if x.name.removesuffix(".gz").endswith(FILES))
-        raise ValueError(
-            f"{path}: a folder; --data takes one file{', for example ' * bool(inside)}{', '.join(inside[:2])}"
-        )
+        example = f", for example {', '.join(inside[:2])}" if inside else ""
+        raise ValueError(f"{path}: a folder; --data takes one file{example}")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: a pipe or a device, which can be read only once; write it to a file first")
     if not path.is_file():
@@ -91,9 +90,7 @@ def readable(path: Path) -> Path:
     begin = begin.removeprefix(b"\xef\xbb\xbf").lstrip()
     for (at, magic), told in OTHERS.items():
         if begin[at : at + len(magic)].lower() == magic:
-            told = (
-                "a spreadsheet; save it as CSV, then write its rows as JSON lines" if path.suffix == ".xlsx" else told
-            )
+            told = f"a spreadsheet; {JSON_LINES}" if path.suffix == ".xlsx" else told
             raise ValueError(f"{path}: {told}")
     columns = begin[:1] not in (b"{", b"[", b"") and re.match(rb"[^\n]*[,;\t]", begin) and begin[:4] != b"PAR1"
     if columns or re.search(r"(?i)\.[ct]sv(\.gz)?$", path.name):

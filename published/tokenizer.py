@@ -82,9 +82,7 @@ class Tokenizer:
         for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second has the last word
             if (settings := self.folder / name).is_file():
                 self.config |= {key: x for key, x in read_json(settings).items() if x is not None}
-        tokens = {
-            key: x for key, x in self.config.items() if key.endswith("_token")
-        }  # each a string, or with its flags
+        tokens = {key: x for key, x in self.config.items() if key.endswith("_token")}  # strings, or with their flags
         tokens = {key: x.get("content") if isinstance(x, dict) else x for key, x in tokens.items()}
         self.named = {key: x for key, x in tokens.items() if isinstance(x, str) and self.has(x)}
         self.bos_token = self._name("bos_token", "<|begin_of_text|>")
@@ -104,8 +102,10 @@ class Tokenizer:
 
     def _name(self, role: str, llama3: str) -> str:
         """Llama 3's own token where there is one, else what the folder's settings call it."""
-        if self.has(llama3) or role in self.named:
-            return llama3 if self.has(llama3) else self.named[role]
+        if self.has(llama3):
+            return llama3
+        if role in self.named:
+            return self.named[role]
         tried = f"neither {llama3} nor a {role} of tokenizer_config.json or special_tokens_map.json"
         raise ValueError(f"{self.folder}: no {role}: {tried} is in tokenizer.json")
 
@@ -113,7 +113,7 @@ class Tokenizer:
         """`backend` with the special tokens spelt otherwise, and no more than text makes of its vocabulary."""
         file = json.loads(self.raw) | {"truncation": None, "padding": None, "post_processor": None}
         model, spelt = file["model"], lambda token: self.spelling.get(token, token)
-        added = {token["content"]: token for token in file["added_tokens"]}
+        added = {token["content"]: token for token in file.get("added_tokens") or []}
         alone = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
         added |= {token: {"id": id, **alone} for token, id in self.special.items() if token not in added}
         file["added_tokens"] = [known | {"content": spelt(token)} for token, known in added.items()]
@@ -125,9 +125,8 @@ class Tokenizer:
             pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
             model["merges"] = [pair for pair in pairs if not self.special.keys() & {*pair, "".join(pair)}]
         model |= {"unk_token": spelt(model["unk_token"])} if "unk_token" in model else {}
-        return tokenizers.Tokenizer.from_str(
-            json.dumps(file | {key: change(file.get(key)) for key, change in changed.items()})
-        )
+        file |= {part: change(file.get(part)) for part, change in changed.items()}
+        return tokenizers.Tokenizer.from_str(json.dumps(file))
 
     @cached_property
     def apart(self) -> tokenizers.Tokenizer:

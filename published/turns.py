@@ -110,10 +110,8 @@ def parse(where: str, row: dict) -> tuple[str, list[Turn], set[str]]:
             f"messages, instruction and output (Alpaca), prompt and completion, or text{inside}"
         )
     train, (name, talk) = fields.train(True), fields.take("messages", "conversations")
-    system, (_, history) = (
-        fields.text("system", "system_prompt", "system_message", usual=""),
-        fields.take("history", usual=[]),
-    )
+    system = fields.text("system", "system_prompt", "system_message", usual="")
+    _, history = fields.take("history", usual=[])
 
     def turns(name: str, value, role: str, train: bool) -> list[Turn]:
         """A list of turns, or a text that is one turn of this role."""
@@ -157,8 +155,7 @@ def dialogue(at: str, name: str, given, train: bool, ignored: set[str]) -> list[
         fields = Fields(f"{at}{name}[{i}].", turn if isinstance(turn, dict) else {})
         _, role = fields.take("role", "from")
         if not isinstance(role, str) or role not in ROLES:
-            found = f"{name}[{i}] is {shown(turn)}"
-            raise ValueError(f"{at}{found}, expected a role: {', '.join(ROLES)}")
+            raise ValueError(f"{at}{name}[{i}] is {shown(turn)}, expected a role: {', '.join(ROLES)}")
         content, learnt = fields.take("content", "value"), fields.train(train, ROLES[role])
         ignored |= fields.ignored()  # before an absent content is missed: tool_calls take its place
         out.append(Turn(ROLES[role], text(fields.at, *content), learnt))

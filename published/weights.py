@@ -121,7 +121,8 @@ def load(model: nn.Module, files: dict[str, Path], part: Part) -> None:
             raise ValueError(f"{path}: {HEAD} differs from the embedding, {claim}")
     if bad := [name for name, holds in finite.items() if not holds]:
         fix = "its maker's fault, or a damaged download"
-        raise ValueError(f"{files[bad[0]]}: {bad[0]} is not finite: nan or infinity in {len(bad)} of {len(finite)} tensors; {fix}")
+        found = f"{bad[0]} is not finite: nan or infinity in {len(bad)} of {len(finite)} tensors"
+        raise ValueError(f"{files[bad[0]]}: {found}; {fix}")
 
 
 def not_finite(model: nn.Module, dtype: torch.dtype | None = None) -> str:
@@ -147,12 +148,7 @@ def save(
     Args:
         read:    gives a parameter's complete value, already in `dtype`; called once for each, in `parameters()`' order.
         changed: fields of config.json in the place of the model's own.
-
-    Raises:
-        ValueError: a weight is not finite in `dtype`; nothing was written.
     """
-    if fault := dtype and not_finite(model, dtype):
-        raise ValueError(f"{folder}: {fault}; not written")
     folder.mkdir(parents=True, exist_ok=True)
     shards, size, total = [{}], 0, 0
     for name, p in model.named_parameters():

@@ -28,8 +28,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
 from model import Llama
-from published import digests as digests_of
 from published import weights
+from published.digests import of_file, of_model
 from published.files import read_json, write_json
 from published.hub import data_file, resolve
 from published.rows import half_pair, readable
@@ -53,11 +53,11 @@ def record(cfg, objective: Named, grouper: Named) -> dict:
         if isinstance(value, str) and (half := half_pair(value)):
             raise ValueError(f"--{name.replace('_', '-')}: a path that is not UTF-8 ({half}); rename it")
     digests = {"objective": objective.digest, "grouper": grouper.digest}
-    digests |= {"data": digests_of.of_file(readable(data_file(cfg.data)))}
+    digests["data"] = of_file(readable(data_file(cfg.data)))
     scorers = {"rho1": "reference", "llmlingua2": "llmlingua_model"} if grouper.digest is None else {}
     for name in ("model", *(flag for scored, flag in scorers.items() if scored == grouper.name)):
         given = getattr(cfg, name)
-        digests[name] = digests_of.of_model(given, resolve(given))
+        digests[name] = of_model(given, resolve(given))
     config = vars(cfg) | {"objective": objective.name, "grouper": grouper.name}
     return {"config": config, "digests": {name: digest for name, digest in digests.items() if digest}}
 

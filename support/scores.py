@@ -20,6 +20,7 @@ from data import Corpus
 from model import Llama, LlamaConfig
 from published import weights
 from published.config import read_config
+from published.digests import of_file
 from published.hub import resolve
 from published.tokenizer import Tokenizer, require_trained_headers
 from published.weights import DTYPES
@@ -199,8 +200,7 @@ def fingerprint(folder: Path, reads: tuple[str, ...], corpus: Corpus, made_by: l
     """SHA-256 of all that scores depend on: files of a model folder, a corpus, and how they are made; shortened."""
     sha = hashlib.sha256(f"{made_by} {corpus.text}".encode())
     for path in sorted({path for pattern in reads for path in folder.glob(pattern) if path.is_file()}):
-        with open(path, "rb") as f:
-            sha.update(f"{path.name} {hashlib.file_digest(f, 'sha256').hexdigest()}".encode())
+        sha.update(f"{path.name} {of_file(path)}".encode())
     for array in (corpus.ids, corpus.kind, corpus.starts, corpus.spans):
         sha.update(np.ascontiguousarray(array))
     return sha.hexdigest()[:24]

@@ -270,7 +270,8 @@ def test_a_run_is_its_content_wherever_that_lies(folder, rows, tmp_path, monkeyp
         run(model, data, "--out", out)
         assert "already finished" in capsys.readouterr().out
     Path(moved).write_bytes(Path(moved).read_bytes() + b"\n")
-    with pytest.raises(ValueError, match=r"holds a run with another data \(data content \w+, now content \w+: what --data "):
+    changed = r"holds a run with another data \(data content \w+, now content \w+: what --data .*moved.jsonl holds"
+    with pytest.raises(ValueError, match=changed):
         run(copy, moved, "--out", out)
     (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text() + "\n")
     with pytest.raises(ValueError, match="holds a run with another model "):

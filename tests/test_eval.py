@@ -1089,6 +1089,16 @@ def test_responses_outlive_a_judge_that_breaks(tmp_path, here, monkeypatch):
     assert not kept.exists()
 
 
+def test_an_answer_that_a_measure_fails_on_counts_as_wrong_and_is_counted(monkeypatch):
+    pytest.importorskip("sacrebleu")
+    real = truthfulqa.measure
+    monkeypatch.setattr(truthfulqa, "measure", lambda a, r: real(a, r) if a != "deep" else 1 / 0)
+    rows = [truthfulqa.judge(["Yes."], ["No."], answer) for answer in ("deep", "Yes.")]
+    found = truthfulqa.summarize_answers({"truthfulqa_gen": rows})
+    assert found["checks_failed"] == 1 and found["n"] == 2 and found["bleu_acc"] == found["rouge1_acc"] == 0.5
+    assert "1 responses broke a check" in results.line("truthfulqa_gen", 2, found, 1.0)
+
+
 @needs_data
 def test_a_check_that_breaks_on_one_response_is_not_followed_and_counted(monkeypatch):
     pytest.importorskip("lm_eval", reason="IFEval's checks are the lm-evaluation-harness's")

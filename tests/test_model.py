@@ -398,7 +398,10 @@ BROKEN = {
         _tensors(lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.int8)})),
         "type I8",
     ),
-    "nan": (_tensors(lambda t: t["model.norm.weight"].fill_(torch.nan)), r"safetensors: model\.norm\.weight is not finite"),
+    "nan": (
+        _tensors(lambda t: t["model.norm.weight"].fill_(torch.nan)),
+        r"safetensors: model\.norm\.weight is not finite",
+    ),
     "dangling link": (_dangling, r"model\.safetensors but neither .* \(it left model\.safetensors\)"),
     "broken download": (
         _left(".cache/huggingface/download/x.0f.incomplete"),
