@@ -1072,17 +1072,17 @@ def test_responses_outlive_a_judge_that_breaks(tmp_path, here, monkeypatch):
     pytest.importorskip("rouge_score", reason='scores generations with rouge-score: pip install -e ".[harness]"')
     pytest.importorskip("sacrebleu", reason='scores generations with sacrebleu: pip install -e ".[harness]"')
     flags = ("--model", str(BASE), "--data", str(DATA), "--limit", "2", "--tasks", "truthfulqa_gen", "--out", "r.json")
-    judge = truthfulqa.measure
+    judge = truthfulqa.judge
 
     def breaks(*args):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(truthfulqa, "measure", breaks)
+    monkeypatch.setattr(truthfulqa, "judge", breaks)
     with pytest.raises(ZeroDivisionError):
         here(*flags)
     (kept,) = tmp_path.glob("r.truthfulqa_gen-*.responses.json")
     responses = json.loads(kept.read_text())["responses"]
-    monkeypatch.setattr(truthfulqa, "measure", judge)
+    monkeypatch.setattr(truthfulqa, "judge", judge)
     monkeypatch.setattr("eval.generate.respond", lambda *args, **kwargs: pytest.fail("written a second time"))
     assert f"truthfulqa_gen: judging the responses in {kept.name}" in here(*flags, "--samples", "s.jsonl")
     assert [row["response"] for row in json_lines(tmp_path / "s.truthfulqa_gen.jsonl")] == responses
@@ -1091,9 +1091,9 @@ def test_responses_outlive_a_judge_that_breaks(tmp_path, here, monkeypatch):
 
 def test_an_answer_that_a_measure_fails_on_counts_as_wrong_and_is_counted(monkeypatch):
     pytest.importorskip("sacrebleu")
-    real = truthfulqa.measure
+    real, true = truthfulqa.measure, "The sea is salt and wide."
     monkeypatch.setattr(truthfulqa, "measure", lambda a, r: real(a, r) if a != "deep" else 1 / 0)
-    rows = [truthfulqa.judge(["Yes."], ["No."], answer) for answer in ("deep", "Yes.")]
+    rows = [truthfulqa.judge([true], ["Nobody knows what it is."], answer) for answer in ("deep", true)]
     found = truthfulqa.summarize_answers({"truthfulqa_gen": rows})
     assert found["checks_failed"] == 1 and found["n"] == 2 and found["bleu_acc"] == found["rouge1_acc"] == 0.5
     assert "1 responses broke a check" in results.line("truthfulqa_gen", 2, found, 1.0)
