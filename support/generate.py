@@ -92,7 +92,7 @@ def generate(
         raise ValueError(f"{max(lengths)} prompt and {max_new_tokens} new tokens exceed the model's {room} positions")
     cache, generator = Cached(lengths, max(lengths) + max_new_tokens, device), torch.Generator(device).manual_seed(seed)
     position = torch.tensor(lengths)
-    row = torch.tensor([[t for prompt in prompts for t in prompt]], device=device)  # (1, T)
+    row = torch.tensor([[t for prompt in prompts for t in prompt]]).to(device)  # (1, T)
     hidden = model(row, cache)[0, (position.cumsum(0) - 1).to(device)]  # (B, D)
     # Rows of the cache belong to the prompts in `owner`; done sequences leave it when they are half of its rows.
     new, owner, position, stops, done = (
@@ -117,7 +117,7 @@ def generate(
             break
         alive = [row for row, i in enumerate(owner) if i not in done]
         if 2 * len(alive) <= len(owner):
-            keep, owner = torch.tensor(alive, device=device), [owner[row] for row in alive]
+            keep, owner = torch.tensor(alive).to(device), [owner[row] for row in alive]
             token, position = token[keep], position[keep]
             cache.keep(keep)
         cache.grow(position)
@@ -127,7 +127,7 @@ def generate(
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
     """One token id for each row of (B, V) logits, -1 where they are not finite: (B,)."""
-    finite = logits.isfinite().all(1)  # (B,); told by the token, which is read anyway
+    finite = logits.sum(1).isfinite()  # (B,), in one pass; told by the token, which is read anyway
     if temperature == 0:
         return logits.argmax(1).where(finite, -1)
     p, ids = (logits.where(finite[:, None], 0.0) / temperature).softmax(1).sort(1, descending=True)  # (B, V)
