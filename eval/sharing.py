@@ -215,9 +215,9 @@ class Tree:
         for asking, asked, *bounds in self.levels:
             z, z_lse = varlen(q[asking], k[asked], v[asked], *bounds, window_size=(-1, -1), **how)
             z_lse = (z_lse.T if turned else z_lse).float()
-            both = torch.logaddexp(lse[asking], z_lse)  # (T', H)
-            y[asking] = y[asking] * (lse[asking] - both).exp()[..., None] + z.float() * (z_lse - both).exp()[..., None]
-            lse[asking] = both
+            share = (z_lse - lse[asking]).sigmoid()[..., None]  # (T', H, 1), of z in a softmax over both
+            y[asking] = y[asking].lerp(z.float(), share)
+            lse[asking] = torch.logaddexp(lse[asking], z_lse)
         return y.to(q.dtype).transpose(0, 1)[None]
 
     @cached_property
