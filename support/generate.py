@@ -33,7 +33,7 @@ class Cached:
         """The next forward reads one token of each sequence, at these (B,) positions."""
         self.packed, self.sequence = None, torch.arange(len(position), device=position.device)
         self.positions, self.longest, self.layer = position[:, None], self.longest + 1, 0
-        self.mask = None
+        self.mask = None  # (B, 1, H / K, S), made in the first layer
 
     def keep(self, rows: Tensor) -> None:
         """Drop all other sequences."""
