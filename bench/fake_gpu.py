@@ -144,6 +144,8 @@ class FakeGPU(TorchDispatchMode):
         for types in (OF_OPTIMIZERS, OF_NORMS):  # whose operations take many tensors at once
             types.append(FakeTensor)
             self.patches.callback(types.remove, FakeTensor)
+        self.patches.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device=cuda) begins on the CPU
         if self.ranks > 1:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=self.ranks)
             self.patches.callback(dist.destroy_process_group)
