@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
@@ -62,6 +63,28 @@ class Op(NamedTuple):
         return {"cpu", "cuda"} <= {t.device for t in self.inputs + self.outputs}
 
 
+@torch.library.custom_op("gpu::rms_norm", mutates_args=())
+def fused_rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernel that only a GPU has: it saves its input and a float32 number for each row."""
+    return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+@torch.library.custom_op("gpu::rms_norm_backward", mutates_args=())
+def fused_rms_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def norm_gradient(ctx, grad: Tensor, _) -> tuple[Tensor, Tensor]:
+    return fused_rms_norm_backward(grad, *ctx.saved_tensors)
+
+
+for kernel in (fused_rms_norm, fused_rms_norm_backward):
+    kernel.register_fake(kernel._init_fn)
+fused_rms_norm.register_autograd(
+    norm_gradient, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0], output[1], inputs[1])
+)
+
+
 class FakeGPU(TorchDispatchMode):
     """The GPU of the first of some `ranks`; the others are not there, and what they send is made up.
 
@@ -77,6 +100,7 @@ class FakeGPU(TorchDispatchMode):
 
     def __enter__(self):
         self.patches = ExitStack()
+        plain = F.rms_norm
         dispatch, resize = FakeTensor.__torch_dispatch__, torch.UntypedStorage.resize_
 
         def hears(cls, func, types, args=(), kwargs=None):
@@ -88,6 +112,10 @@ class FakeGPU(TorchDispatchMode):
             resize(storage, size)
             if storage._cdata in self.held:
                 self.hold(storage)
+
+        def rms_norm(x, shape, weight=None, eps=None):
+            fused = isinstance(x, FakeTensor) and weight is not None and weight.dtype == x.dtype
+            return fused_rms_norm(x, weight)[0] if fused else plain(x, shape, weight, eps)
 
         answers = {name: getattr(torch.cpu, name) for name in ("Stream", "Event", "stream", "current_stream")} | {
             **{"is_available": lambda: True, "is_initialized": lambda: True, "device_count": lambda: 1},
@@ -109,12 +137,15 @@ class FakeGPU(TorchDispatchMode):
             (FakeTensor, "is_meta", is_meta),
             (DTensor, "device", property(lambda t: t._local_tensor.device)),
             (torch.UntypedStorage, "resize_", resized),
+            (F, "rms_norm", rms_norm),
             (_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["cuda", "meta"]),
         ):
             self.patches.enter_context(patch.object(owner, name, answer))
         for types in (OF_OPTIMIZERS, OF_NORMS):  # whose operations take many tensors at once
             types.append(FakeTensor)
             self.patches.callback(types.remove, FakeTensor)
+        self.patches.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device=cuda) begins on the CPU
         if self.ranks > 1:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=self.ranks)
             self.patches.callback(dist.destroy_process_group)
