@@ -292,7 +292,7 @@ def test_small_collectives_and_kernels_after_backward_do_not_grow_with_layers(fl
 
 @pytest.mark.parametrize("ranks", [1, 8])
 def test_the_model_is_exported_from_the_gpu_tensor_by_tensor(tmp_path, ranks):
-    model = tiny_folder(tmp_path / "tiny")
+    model = tiny_folder(tmp_path / "tiny", num_hidden_layers=12)
     cfg = train.parse_args(f"--model {model} --data none --dtype bfloat16".split())
     with FakeGPU(ranks) as gpu:
         rank = FirstOfRanks(gpu)
@@ -306,7 +306,7 @@ def test_the_model_is_exported_from_the_gpu_tensor_by_tensor(tmp_path, ranks):
     shapes = tensor_shapes(tmp_path / "model/model.safetensors")
     assert sorted(shapes) == sorted(names) and {dtype for _, dtype in shapes.values()} == {"BF16"}
     assert [op.inputs[0].shape for op in copies] == [shapes[name][0] for name in names]
-    assert {op.inputs[0].dtype for op in copies} == {torch.bfloat16} and gpu.peak - alive <= 4 * largest
+    assert {op.inputs[0].dtype for op in copies} == {torch.bfloat16} and gpu.peak - alive <= 2 * largest
     assert read_json(tmp_path / "model/config.json")["torch_dtype"] == "bfloat16"
 
 
