@@ -365,7 +365,7 @@ def blank(corpus: Corpus, prior: np.ndarray) -> Batch:
     """A row without supervised tokens: every rank must run equally many forward passes, or collectives would hang."""
     shortest = pack(corpus, prior, corpus.lengths.argmin(keepdims=True))
     nothing = torch.zeros_like(shortest.loss_mask)
-    return replace(shortest, loss_mask=nothing, group=nothing)  # a group: no grouper and no weights are asked
+    return replace(shortest, loss_mask=nothing, group=nothing, weight=nothing)  # no grouper and no weights are asked
 
 
 def ragged(begin: np.ndarray, length: np.ndarray) -> np.ndarray:

@@ -250,7 +250,7 @@ class Llama(nn.Module):
 
     @contextmanager
     def cast_once(self) -> Iterator[None]:
-        """Inside, and where there is room, each matrix of a block is cast to the compute dtype once, not at each use."""
+        """Inside, and where there is room, a block's matrices are cast to the compute dtype once, not at each use."""
         matrices = [module for module in self.model.modules() if isinstance(module, Linear) and self.room_to_cast]
         for matrix in matrices:
             matrix.cast = matrix.weight.detach().to(self.compute_dtype)

@@ -182,7 +182,8 @@ def sums(model: Llama, batch: Batch, label: Label, groups: int, weigh=None) -> t
     nll = batch.nll(model)
     if batch.group is None:
         batch.group = label(nll.detach().clone(), batch)  # a copy: a user's function may change it in place
-        batch.weight = weigh(nll.detach().clone(), batch) if weigh else None
+    if batch.weight is None and weigh:
+        batch.weight = weigh(nll.detach().clone(), batch)
     nats, tokens = group_sums(nll, batch.group, batch.loss_mask, groups)
     if batch.weight is None:
         return nats, tokens, nats.detach()
