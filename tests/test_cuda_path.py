@@ -102,7 +102,7 @@ def trained(shape="3B", layers=2, micro=1, ranks=1, grouper="tfidf", flags="", t
         (out / "rows.jsonl").write_text(json.dumps({"text": text}))
         flags = f"--model {out} --fresh --data {out}/rows.jsonl --out {out}/run --context {piece + 1} {flags}"
         flags += "" if callable(grouper) else f" --grouper {grouper}"
-        flags += f" --batch-size {count} --micro-batch-tokens {tokens} --max-steps 2 --checkpoint-every 0"
+        flags += f" --batch-size {count} --micro-batch-tokens {tokens} --drop-last --max-steps 2 --checkpoint-every 0"
         for owner, name, replacement in (
             (train, "Ranks", lambda: FirstOfRanks(gpu)),
             (train, "update", update),
@@ -145,14 +145,15 @@ def test_nothing_crosses_between_cpu_and_gpu_in_a_step(name):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_step_waits_a_bounded_number_of_times(name):
-    """Four waits for a mask in each forward and backward, three for labels of losses, one for each guess of prices, and
-    at the end for the numbers of the log."""
-    ops, micro = trained(**RUNS[name]).ops, RUNS[name].get("micro", 1)
-    groups = 3 if RUNS[name].get("grouper") is in_thirds else 2
-    passes = sum(op.name == "aten.embedding" for op in ops)
+def test_a_step_waits_for_masks_for_labels_and_at_its_end_and_for_nothing_else(name):
+    run, micro = trained(**RUNS[name]), RUNS[name].get("micro", 1)
+    grouper, scope = RUNS[name].get("grouper"), "micro_batch" in RUNS[name].get("flags", "")
+    passes, groups = sum(op.name == "aten.embedding" for op in run.ops), 3 if grouper is in_thirds else 2
     assert micro <= passes <= 3 * micro
-    assert 0 < sum(op.waits for op in ops) <= 7 * passes + 2 * micro + 3 * groups + 8
+    masks, labels = 4 * passes, 3 * micro if grouper in ("loss", unlike_the_reference) else 0
+    prices = 2 * micro if scope else 2 * (micro > 1 or grouper == "none")  # guessed, or said to be constant: compared
+    log = 5 + 3 * groups
+    assert 0 < sum(op.waits for op in run.ops) <= masks + labels + prices + log
 
 
 @pytest.mark.parametrize("more", [{"layers": 3}, {"tokens": 8192}], ids=str)
@@ -236,13 +237,13 @@ def test_matrices_are_multiplied_in_bf16_and_norms_take_the_fused_kernel(name):
 @pytest.mark.parametrize("name", RUNS)
 def test_the_plan_says_how_much_memory_a_step_takes(name):
     run = trained(**RUNS[name])
-    assert 0.9 <= run.peak / run.plan <= 1.05
+    assert 0.9 <= run.peak / run.plan <= 1.02
     assert run.row["peak_memory_bytes"] == run.peak
 
 
 def collectives(run, kind: str) -> list[Seen]:
     """What was sent, in order: of a gather a rank's part, of a scatter all of it."""
-    ops = [op for op in run.ops if kind in op.name and "c10d" in op.name]
+    ops = [op for op in run.ops if kind in op.name and "c10d" in op.name and "wrap" not in op.name]
     return [max(op.inputs, key=lambda t: t.bytes) for op in ops]
 
 
@@ -275,19 +276,22 @@ def test_ddp_sends_every_gradient_once_in_float32():
     assert not collectives(run, "allgather") and not collectives(run, "reduce_scatter")
 
 
-SMALL = 10**5  # bytes: what such a collective takes is the time to begin it
-
-
 @pytest.mark.parametrize("name", ["fsdp", "ddp"])
-def test_small_collectives_and_kernels_after_backward_do_not_grow_with_layers(name):
-    small, after = [], []
+def test_small_collectives_do_not_grow_with_layers(name):
+    """What such a collective takes is the time to begin it."""
+    few, many = (trained(**RUNS[name] | more) for more in ({}, {"layers": 3}))
+    small = [sum(t.bytes < 10**5 for t in collectives(run, "")) for run in (few, many)]
+    assert small[0] == small[1] <= 6
+
+
+@pytest.mark.parametrize("name", ["3B", "ddp"])
+def test_kernels_after_backward_do_not_grow_with_layers(name):
+    after = []
     for more in ({}, {"layers": 3}):
-        run = trained(**RUNS[name] | more)
-        small.append(sum(t.bytes < SMALL for t in collectives(run, "")))
-        names = [op.name for op in run.ops]
+        names = [op.name for op in trained(**RUNS[name] | more).ops]
         last = len(names) - names[::-1].index("aten.embedding_dense_backward")
         after.append(Counter(name for name in names[last : names.index("aten._fused_adamw_")] if "c10d" not in name))
-    assert small[0] == small[1] <= 6 and after[0] == after[1]
+    assert after[0] == after[1] and len(after[0]) > 5
 
 
 @pytest.mark.parametrize("ranks", [1, 8])
