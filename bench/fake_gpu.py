@@ -12,7 +12,9 @@ Not seen: what a kernel does, demands and takes for itself, and its time.
 """
 
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -144,6 +146,8 @@ class FakeGPU(TorchDispatchMode):
         for types in (OF_OPTIMIZERS, OF_NORMS):  # whose operations take many tensors at once
             types.append(FakeTensor)
             self.patches.callback(types.remove, FakeTensor)
+        self.patches.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device=cuda) begins on the CPU
         if self.ranks > 1:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=self.ranks)
             self.patches.callback(dist.destroy_process_group)
@@ -168,8 +172,7 @@ class FakeGPU(TorchDispatchMode):
             with self.fake:
                 return aten.alias(args[0])  # nothing to do: C++ did not know that it is here already
         inputs = [seen(t) for t in given]
-        values = tree_map_only(Tensor, value, (args, kwargs | {"device": CPU} if "device" in kwargs else kwargs))
-        out, waits = self.run(func, args, kwargs, values)
+        out, waits = self.run(func, args, kwargs)
         name = str(func).removesuffix(".default")
         self.ops.append(Op(name, tree_map_only(Tensor, seen, args), inputs, [seen(t) for t in tensors(out)], waits))
         made = [t for t in tensors(out) if isinstance(t, FakeTensor)]
@@ -177,10 +180,10 @@ class FakeGPU(TorchDispatchMode):
             self.hold(t.untyped_storage())
         if all(t.numel() <= SMALL for t in made):
             known = all(value(t) is not None for t in given) and "empty" not in name and func.namespace == "aten"
-            evaluate(func, values, made, known)
+            evaluate(made, partial(on_cpu, func, args, kwargs) if known else None)
         return out
 
-    def run(self, func, args, kwargs, values):
+    def run(self, func, args, kwargs):
         """What an operation returns, without its value, and whether the CPU waits for it."""
         waits = func is aten.masked_scatter_backward.default  # it counts the mask, inside
         if func in COPIES and (source := args[-1]).device.type != (to := kwargs.get("device", args[0].device)).type:
@@ -197,7 +200,7 @@ class FakeGPU(TorchDispatchMode):
             with self.fake:
                 return func(*args, **kwargs), waits
         except (DataDependentOutputException, DynamicOutputShapeException):
-            return tree_map_only(Tensor, self.here, func(*values[0], **values[1])), True
+            return tree_map_only(Tensor, self.here, on_cpu(func, args, kwargs)), True
 
     def here(self, real: Tensor) -> FakeTensor:
         with self.fake:
@@ -230,10 +233,16 @@ def value(t: Tensor) -> Tensor | None:
     return getattr(t, "value", None) if isinstance(t, FakeTensor) else t
 
 
-def evaluate(func, values, made: list[FakeTensor], known: bool) -> None:
-    """Give tensors on the GPU their values: computed on the CPU where what they come from is known, else made up."""
+def on_cpu(func, args, kwargs):
+    """An operation on the values of its tensors."""
+    args, kwargs = tree_map_only(Tensor, value, (args, kwargs | {"device": CPU} if "device" in kwargs else kwargs))
+    return func(*args, **kwargs)
+
+
+def evaluate(made: list[FakeTensor], compute: Callable | None) -> None:
+    """Give tensors on the GPU their values: computed where what they come from is known, else made up."""
     try:
-        real = tensors(func(*values[0], **values[1])) if known else None
+        real = tensors(compute()) if compute else None
     except NotImplementedError:  # an operation of GPUs alone
         real = None
     for i, t in enumerate(made):
