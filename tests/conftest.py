@@ -1,6 +1,7 @@
 """What tests of whole runs begin with."""
 
 import json
+import resource
 import sys
 
 import pytest
@@ -21,6 +22,31 @@ def rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return path
+
+
+@pytest.fixture
+def shell(capsys, monkeypatch):
+    """shell(*argv): (exit code, what it said on stderr) of `python train.py` as a shell would see it."""
+    import train
+
+    def ended(*argv):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as e:
+            train.main()
+        if isinstance(e.value.code, str):  # the interpreter prints it and exits with 1
+            return 1, e.value.code
+        return e.value.code, capsys.readouterr().err
+
+    return ended
+
+
+@pytest.fixture
+def full_disk(folder):
+    """From now on no file of this process grows beyond 100 kB: the weights need 140 kB, a checkpoint more."""
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
 
 
 @pytest.fixture

@@ -862,21 +862,6 @@ def test_the_program_runs_from_a_folder_with_somebody_elses_modules(tmp_path):
 # Mistakes.
 
 
-@pytest.fixture
-def shell(capsys, monkeypatch):
-    """shell(*argv): (exit code, what it said on stderr) of `python train.py` as a shell would see it."""
-
-    def ended(*argv):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
-        with pytest.raises(SystemExit) as e:
-            train.main()
-        if isinstance(e.value.code, str):  # the interpreter prints it and exits with 1
-            return 1, e.value.code
-        return e.value.code, capsys.readouterr().err
-
-    return ended
-
-
 MISTAKES = {
     "lambda": ("--lam-max 0.5 --lam-min 0.9", "--lam-min 0.9 is above --lam-max 0.5"),
     "context": ("--context 999999 --micro-batch-tokens 999999", "has 4096 positions"),
@@ -1040,15 +1025,12 @@ def test_a_run_that_ends_in_the_middle_says_why_and_keeps_its_log(folder, rows, 
     assert column(metrics(out), "step") == [1, 2, 3] and not (out / "model").exists()
 
 
-def test_a_full_disk_while_saving_is_one_line_and_leaves_no_model(folder, rows, tmp_path):
-    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"  # weights need 140 kB
+def test_a_full_disk_while_saving_is_one_line_and_leaves_no_model(folder, rows, tmp_path, shell, full_disk):
     flags = f"--model {folder} --data {rows} {BASE} --max-steps 1 --save-dtype float32 --checkpoint-every 0"
-    command = [sys.executable, "-c", f"import resource; {limit}; import train; train.main()", *flags.split()]
-    command += ["--out", tmp_path / "out"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    pattern = r"^error: .*model\.safetensors\.part: cannot be written \(.*\); is the disk full\?$"
-    assert re.search(pattern, done.stderr, re.MULTILINE), done.stderr
+    code, said = shell(*flags.split(), "--out", tmp_path / "out")
+    assert code == 1 and re.fullmatch(
+        r"error: .*model\.safetensors\.part: cannot be written \(.*\); is the disk full\?", said
+    ), said
     assert (tmp_path / "out" / "metrics.jsonl").exists() and not (tmp_path / "out" / "model").exists()
 
 
