@@ -55,8 +55,15 @@ def picture():
     pytest.importorskip("matplotlib")
 
 
+@pytest.fixture
+def answer():
+    """Asks for the model's answer at the end of a run."""
+
+
 @pytest.fixture(autouse=True)
-def no_picture(request, monkeypatch):
-    """To draw takes as long as such a short run itself: without `picture` there is no matplotlib."""
+def brief(request, monkeypatch):
+    """To draw, and to answer, takes as long as such a short run: only where `picture` or `answer` asks for it."""
     if "picture" not in request.fixturenames:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
+    if "answer" not in request.fixturenames:
+        monkeypatch.setattr("support.report.generate", lambda *_, **__: [[]])

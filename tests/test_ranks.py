@@ -17,6 +17,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -104,10 +105,9 @@ KEYS = ("loss", "ce", "important", "unimportant", "grad_norm", "lr", "lam", "tok
 def run_cases(cases: dict[str, list[str]], out: Path) -> None:
     """Train each case on the ranks that there are, in one process group."""
     with Ranks() as ranks, contextlib.redirect_stdout(io.StringIO()) as said:
-        train.Ranks = lambda: contextlib.nullcontext(ranks)
-        for name, flags in cases.items():
-            train.train(train.parse_args([*flags, "--out", str(out / name), "--checkpoint-every", "0"]))
-    train.Ranks = Ranks
+        with patch.object(train, "Ranks", lambda: contextlib.nullcontext(ranks)), patch.object(train.report, "ending"):
+            for name, flags in cases.items():
+                train.train(train.parse_args([*flags, "--out", str(out / name), "--checkpoint-every", "0"]))
     if ranks.rank == 0:
         (out / "said").write_text(said.getvalue())
 

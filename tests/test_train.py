@@ -403,7 +403,7 @@ KEYS = """step epoch loss ce important unimportant important_tokens unimportant_
     seconds tokens_per_second peak_memory_bytes""".split()
 
 
-def test_a_run_overfits_its_rows_and_its_log_adds_up(folder, rows, tmp_path, capsys):
+def test_a_run_overfits_its_rows_and_its_log_adds_up(folder, rows, tmp_path, capsys, answer):
     flags = "--epochs 40 --grouper tfidf --eta 0.7 --lam-max 0.9 --lam-min 0.2"
     out = run(folder, rows, "--out", tmp_path / "out", flags)
     log = metrics(out)
@@ -420,7 +420,7 @@ def test_a_run_overfits_its_rows_and_its_log_adds_up(folder, rows, tmp_path, cap
     supervised = [row["important_tokens"] + row["unimportant_tokens"] for row in log]
     assert sum(supervised[:3]) == sum(supervised[3:6]), "every epoch trains on every supervised token once"
     said = capsys.readouterr().out
-    for part in ("11 rows, 11 samples kept", "120 in all", "of the supervised tokens important", "sample"):
+    for part in ("11 rows, 11 samples kept", "120 in all", "of the supervised tokens important", "sample  User: "):
         assert part in said
     assert f"step 120/120 | loss {log[-1]['loss']:.3f} | ce {log[-1]['ce']:.3f} | important " in said
 
@@ -671,7 +671,7 @@ def test_drop_last_skips_an_epochs_short_batch(log):
     assert rows[-1]["lr"] > 0
 
 
-def test_plain_text_trains_and_gives_its_own_sample(folder, tmp_path, capsys):
+def test_plain_text_trains_and_gives_its_own_sample(folder, tmp_path, capsys, answer):
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "The sea is wide and the sea is deep. " * 30}) + "\n")
     flags = "--lam-max 0 --context 32 --micro-batch-tokens 64"
     out = run(folder, tmp_path / "text.jsonl", "--out", tmp_path / "out", flags)
@@ -842,7 +842,7 @@ def test_a_run_begins_with_the_model_that_another_left(rows, finished, tmp_path)
 
 
 def test_a_run_needs_no_git_and_no_matplotlib(folder, rows, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PATH", str(tmp_path))  # and `no_picture` took matplotlib away
+    monkeypatch.setenv("PATH", str(tmp_path))  # and `brief` took matplotlib away
     out = run(folder, rows, "--out", tmp_path / "out", "--max-steps 1")
     assert json.loads((out / "config.json").read_text())["git_commit"] is None
     assert 'no losses.png: matplotlib is not installed; pip install -e ".[plots]"' in capsys.readouterr().out
