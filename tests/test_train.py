@@ -1,6 +1,7 @@
 """train.py: an exact step however it is cut, a run folder that adds up, and one clear line for every mistake."""
 
 import ast
+import copy
 import fcntl
 import json
 import math
@@ -135,15 +136,24 @@ def misshapen(corpus, seed):
 # The step.
 
 
-@pytest.fixture
-def model_and_corpus(folder, rows):
-    model = Llama.from_pretrained(folder, seed=1)
-    return model, data.load_corpus(rows, Tokenizer(folder, model.cfg.vocab_size), "plain", 128)
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A tiny model, ROWS as a corpus, another such model."""
+    here = tmp_path_factory.mktemp("tiny")
+    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    model = Llama.from_pretrained(tiny_folder(here / "model"))
+    corpus = data.load_corpus(here / "rows.jsonl", Tokenizer(here / "model", model.cfg.vocab_size), "plain", 128)
+    return model, corpus, Llama.from_pretrained(tiny_folder(here / "phi", seed=9))
 
 
 @pytest.fixture
-def reference(tmp_path):
-    return Llama.from_pretrained(tiny_folder(tmp_path / "phi", seed=9))
+def model_and_corpus(tiny):
+    return copy.deepcopy(tiny[0]), tiny[1]
+
+
+@pytest.fixture
+def reference(tiny):
+    return tiny[2]
 
 
 def gradient(model):
