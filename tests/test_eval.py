@@ -23,7 +23,7 @@ from stories260k import SHARED
 from tiny import tiny_folder
 
 import eval.__main__ as command
-from eval import arc_challenge, hellaswag, mathqa, mmlu, openbookqa, results, score, truthfulqa
+from eval import arc_challenge, hellaswag, mathqa, mmlu, openbookqa, results, score, table, truthfulqa
 from eval.benchmarks import BENCHMARKS, task_names
 from eval.generate import end_tokens, not_greedy, respond, stopped, trimmed
 from eval.rows import Row, Source, read_file
@@ -619,7 +619,7 @@ def json_lines(path: Path) -> list[dict]:
 
 
 @needs_data
-def test_the_command_scores_resumes_and_changes_nothing_that_it_has(tmp_path, here):
+def test_the_command_scores_resumes_and_changes_nothing_that_it_has(tmp_path, here, capsys):
     flags = ("--model", str(BASE), "--data", str(DATA), "--limit", "2", "--samples", "items.jsonl")
     first = run("--tasks", "arc_challenge,mmlu", *flags, cwd=tmp_path, program=(str(ROOT / "eval"),))
     assert first.returncode == 0, first.stderr
@@ -642,8 +642,8 @@ def test_the_command_scores_resumes_and_changes_nothing_that_it_has(tmp_path, he
     asked = {"task", "doc_id", "prompt", "gold", "continuations"}
     assert row.keys() == asked | {"loglikelihoods", "greedy", "metrics"} and row["prompt"].startswith("Question: ")
     assert all(choice.startswith(" ") for choice in row["continuations"])
-    table = run("eval-base-limit-2.json", cwd=tmp_path, program=(str(ROOT / "eval" / "table.py"),))
-    assert table.returncode == 0 and "| base | as given | 1 |" in table.stdout, table.stderr
+    table.main(["eval-base-limit-2.json"])
+    assert "| base | as given | 1 |" in capsys.readouterr().out
 
 
 @needs_data

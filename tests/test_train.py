@@ -1,6 +1,7 @@
 """train.py: an exact step however it is cut, a run folder that adds up, and one clear line for every mistake."""
 
 import ast
+import copy
 import fcntl
 import json
 import math
@@ -132,15 +133,24 @@ def misshapen(corpus, seed):
 # The step.
 
 
-@pytest.fixture
-def model_and_corpus(folder, rows):
-    model = Llama.from_pretrained(folder, seed=1)
-    return model, data.load_corpus(rows, Tokenizer(folder, model.cfg.vocab_size), "plain", 128)
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A tiny model, ROWS as a corpus, another such model."""
+    here = tmp_path_factory.mktemp("tiny")
+    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    model = Llama.from_pretrained(tiny_folder(here / "model"))
+    corpus = data.load_corpus(here / "rows.jsonl", Tokenizer(here / "model", model.cfg.vocab_size), "plain", 128)
+    return model, corpus, Llama.from_pretrained(tiny_folder(here / "phi", seed=9))
 
 
 @pytest.fixture
-def reference(tmp_path):
-    return Llama.from_pretrained(tiny_folder(tmp_path / "phi", seed=9))
+def model_and_corpus(tiny):
+    return copy.deepcopy(tiny[0]), tiny[1]
+
+
+@pytest.fixture
+def reference(tiny):
+    return tiny[2]
 
 
 def gradient(model):
@@ -473,7 +483,7 @@ KEYS = """step epoch loss ce important unimportant important_tokens unimportant_
     seconds tokens_per_second peak_memory_bytes""".split()
 
 
-def test_a_run_overfits_its_rows_and_its_log_adds_up(folder, rows, tmp_path, capsys):
+def test_a_run_overfits_its_rows_and_its_log_adds_up(folder, rows, tmp_path, capsys, answer):
     flags = "--epochs 40 --grouper tfidf --eta 0.7 --lam-max 0.9 --lam-min 0.2"
     out = run(folder, rows, "--out", tmp_path / "out", flags)
     log = metrics(out)
@@ -490,7 +500,7 @@ def test_a_run_overfits_its_rows_and_its_log_adds_up(folder, rows, tmp_path, cap
     supervised = [row["important_tokens"] + row["unimportant_tokens"] for row in log]
     assert sum(supervised[:3]) == sum(supervised[3:6]), "every epoch trains on every supervised token once"
     said = capsys.readouterr().out
-    for part in ("11 rows, 11 samples kept", "120 in all", "of the supervised tokens important", "sample"):
+    for part in ("11 rows, 11 samples kept", "120 in all", "of the supervised tokens important", "sample  User: "):
         assert part in said
     assert f"step 120/120 | loss {log[-1]['loss']:.3f} | ce {log[-1]['ce']:.3f} | important " in said
 
@@ -741,7 +751,7 @@ def test_drop_last_skips_an_epochs_short_batch(log):
     assert rows[-1]["lr"] > 0
 
 
-def test_plain_text_trains_and_gives_its_own_sample(folder, tmp_path, capsys):
+def test_plain_text_trains_and_gives_its_own_sample(folder, tmp_path, capsys, answer):
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "The sea is wide and the sea is deep. " * 30}) + "\n")
     flags = "--lam-max 0 --context 32 --micro-batch-tokens 64"
     out = run(folder, tmp_path / "text.jsonl", "--out", tmp_path / "out", flags)
@@ -911,7 +921,7 @@ def test_a_run_begins_with_the_model_that_another_left(rows, finished, tmp_path)
 
 
 def test_a_run_needs_no_git_and_no_matplotlib(folder, rows, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PATH", str(tmp_path))  # and `no_picture` took matplotlib away
+    monkeypatch.setenv("PATH", str(tmp_path))  # and `brief` took matplotlib away
     out = run(folder, rows, "--out", tmp_path / "out", "--max-steps 1")
     assert json.loads((out / "config.json").read_text())["git_commit"] is None
     assert 'no losses.png: matplotlib is not installed; pip install -e ".[plots]"' in capsys.readouterr().out
@@ -929,21 +939,6 @@ def test_the_program_runs_from_a_folder_with_somebody_elses_modules(tmp_path):
 
 
 # Mistakes.
-
-
-@pytest.fixture
-def shell(capsys, monkeypatch):
-    """shell(*argv): (exit code, what it said on stderr) of `python train.py` as a shell would see it."""
-
-    def ended(*argv):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
-        with pytest.raises(SystemExit) as e:
-            train.main()
-        if isinstance(e.value.code, str):  # the interpreter prints it and exits with 1
-            return 1, e.value.code
-        return e.value.code, capsys.readouterr().err
-
-    return ended
 
 
 MISTAKES = {
@@ -1109,15 +1104,12 @@ def test_a_run_that_ends_in_the_middle_says_why_and_keeps_its_log(folder, rows, 
     assert column(metrics(out), "step") == [1, 2, 3] and not (out / "model").exists()
 
 
-def test_a_full_disk_while_saving_is_one_line_and_leaves_no_model(folder, rows, tmp_path):
-    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"  # weights need 140 kB
+def test_a_full_disk_while_saving_is_one_line_and_leaves_no_model(folder, rows, tmp_path, shell, full_disk):
     flags = f"--model {folder} --data {rows} {BASE} --max-steps 1 --save-dtype float32 --checkpoint-every 0"
-    command = [sys.executable, "-c", f"import resource; {limit}; import train; train.main()", *flags.split()]
-    command += ["--out", tmp_path / "out"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    pattern = r"^error: .*model\.safetensors\.part: cannot be written \(.*\); is the disk full\?$"
-    assert re.search(pattern, done.stderr, re.MULTILINE), done.stderr
+    code, said = shell(*flags.split(), "--out", tmp_path / "out")
+    assert code == 1 and re.fullmatch(
+        r"error: .*model\.safetensors\.part: cannot be written \(.*\); is the disk full\?", said
+    ), said
     assert (tmp_path / "out" / "metrics.jsonl").exists() and not (tmp_path / "out" / "model").exists()
 
 
