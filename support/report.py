@@ -181,8 +181,10 @@ def plan(
     prior: np.ndarray | None,
     steps: tuple[int, int],
     ranks: int,
-) -> None:
+) -> bool:
     """Say, before anything large is loaded, what will be trained on what.
+
+    Returns whether this GPU has room for `Llama.cast_once`, where that saves time.
 
     Args:
         functions: the objective and the grouper.
@@ -203,7 +205,12 @@ def plan(
     positions = max(int(lengths[-1]), math.ceil(lengths[-cfg.batch_size :].sum() / ranks))
     several, positions = positions > cfg.micro_batch_tokens, min(cfg.micro_batch_tokens, positions)
     split, again = ranks if cfg.shard == "fsdp" else 1, cfg.checkpoint_activations
-    memory = memory_needed(llama, parameters, positions, DTYPES[cfg.dtype].itemsize, split, again, several)
+    arguments = llama, parameters, positions, DTYPES[cfg.dtype].itemsize, split, again, several
+    memory, room = memory_needed(*arguments), False
+    if several and split == 1 and cfg.dtype != "float32" and torch.cuda.is_available():
+        more = memory_needed(*arguments, cast_once=True)
+        if room := sum(more.values()) < 0.95 * torch.cuda.get_device_properties().total_memory:
+            memory = more
     lam = f"{cfg.lam_max:g}" + f" → {cfg.lam_min:g}" * (cfg.lam_min != cfg.lam_max)
     groups = share(cfg, grouper, corpus, prior)
     method = f"{objective.name}, λ {lam}, scope {cfg.scope}; groups by {grouper.name}{groups}"
@@ -233,6 +240,7 @@ def plan(
         taken = f"{cfg.keep} checkpoints and one being written take {needed / 1e9:.3g} GB"
         cure = "choose an --out on a larger disk, a smaller --keep, or --checkpoint-every 0"
         raise ValueError(f"{cfg.out or 'runs'}: {free / 1e9:.3g} GB free, but {taken}; {cure}")
+    return room
 
 
 def share(cfg, grouper: Named, corpus: Corpus, prior: np.ndarray | None) -> str:
