@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -127,6 +128,7 @@ class FakeGPU(TorchDispatchMode):
             "max_memory_allocated": lambda device=None: self.peak,
             "reset_peak_memory_stats": lambda device=None: setattr(self, "peak", self.alive),
             "mem_get_info": lambda device=None: (self.memory - self.alive, self.memory),
+            "get_device_properties": lambda device=None: SimpleNamespace(name="fake", total_memory=self.memory),
             "is_current_stream_capturing": lambda: False,
         }
         for name, answer in answers.items():

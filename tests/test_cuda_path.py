@@ -78,11 +78,11 @@ unlike_the_reference.in_step, unlike_the_reference.prior = True, lambda corpus, 
 
 
 @cache
-def trained(shape="3B", layers=2, micro=1, ranks=1, grouper="tfidf", flags="", tokens=4096):
+def trained(shape="3B", layers=2, micro=1, ranks=1, grouper="tfidf", flags="", tokens=4096, memory=80):
     """The second step of a run, of `micro` micro-batches of `tokens` tokens: its operations, its peak, the plan's."""
     count, piece = 4 * micro * ranks, tokens // 4  # of one text: each piece has a BOS, its last token is a target only
     text = " ".join(np.random.default_rng(0).choice(WORDS, piece * (count + 1) // 2))
-    gpu, seen = FakeGPU(ranks), SimpleNamespace(layers=layers, ranks=ranks)
+    gpu, seen, asked = FakeGPU(ranks, memory * 10**9), SimpleNamespace(layers=layers, ranks=ranks), []
     torch.manual_seed(0)  # of the losses that are made up
 
     def update(*args, real=train.update, **kwargs):
@@ -92,10 +92,14 @@ def trained(shape="3B", layers=2, micro=1, ranks=1, grouper="tfidf", flags="", t
         return row
 
     def memory_needed(*args, real=report.memory_needed, **kwargs):
-        parts = real(*args, **kwargs)
-        seen.plan = getattr(seen, "plan", sum(parts.values()))  # the plan is the first to ask
-        seen.parameters = args[1]
+        seen.parameters, parts = args[1], real(*args, **kwargs)
+        asked.append(sum(parts.values()))
         return parts
+
+    def plan(*args, real=report.plan):
+        room = real(*args)
+        seen.plan = asked[-1 if room else 0]  # it asks again for weights cast once, and takes them if there is room
+        return room
 
     with TemporaryDirectory() as folder, ExitStack() as patches:
         out = tiny_folder(folder, seed=None, **SHAPES[shape] | {"num_hidden_layers": layers})
@@ -107,6 +111,7 @@ def trained(shape="3B", layers=2, micro=1, ranks=1, grouper="tfidf", flags="", t
             (train, "Ranks", lambda: FirstOfRanks(gpu)),
             (train, "update", update),
             (report, "memory_needed", memory_needed),
+            (report, "plan", plan),
             (report, "ending", lambda *_: None),
             (checkpoint, "export", lambda *_: None),
             (Llama, "fill", filled),
@@ -126,6 +131,7 @@ RUNS = {
     "against a reference": {"grouper": unlike_the_reference},
     "three groups of a user": {"grouper": in_thirds, "micro": 2},
     "several micro-batches": {"micro": 2},
+    "several, no room for weights cast once": {"micro": 2, "memory": 16},
     "scope micro_batch": {"micro": 2, "flags": "--scope micro_batch"},
     "recomputed": {"flags": "--checkpoint-activations"},
     "recomputed, several": {"micro": 2, "flags": "--checkpoint-activations"},
@@ -276,7 +282,10 @@ def test_ddp_sends_every_gradient_once_in_float32():
     assert not collectives(run, "allgather") and not collectives(run, "reduce_scatter")
 
 
-@pytest.mark.parametrize("name", ["fsdp", "ddp"])
+ONE_EACH = pytest.mark.xfail(strict=True, reason="clip_grad_norm_ sums each parameter's norm over the ranks by itself")
+
+
+@pytest.mark.parametrize("name", [pytest.param("fsdp", marks=ONE_EACH), "ddp"])
 def test_small_collectives_do_not_grow_with_layers(name):
     """What such a collective takes is the time to begin it."""
     few, many = (trained(**RUNS[name] | more) for more in ({}, {"layers": 3}))
