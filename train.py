@@ -205,7 +205,7 @@ def step(model, batches, objective, label, reduce=lambda t: t, groups=2, constan
         weigh:          (detached nll (T,), batch) -> weight of each token (T,); without it, each weighs 1.
         guess:          prices (K,) to try before they are known, from empty gradients; a wrong one changes no result.
     """
-    held, alone, sure = [], len(batches) == 1, guess is None
+    held, alone, sure, prices = [], len(batches) == 1, guess is None, guess
     if constant_price:
         tokens = reduce(torch.stack([batch.loss_mask.sum() for batch in batches]).sum())  # () of the whole step
         prices = (1 / tokens.double()).expand(groups)  # (K,)
@@ -213,8 +213,6 @@ def step(model, batches, objective, label, reduce=lambda t: t, groups=2, constan
         with torch.set_grad_enabled(alone):  # one: keep its graph; more: forward again below, 1/3 more work
             held = [sums(model, batch, label, groups, weigh) for batch in batches]
         prices = price(objective, *total(held, reduce)[:2])  # (K,)
-    else:
-        prices = guess
     while True:
         parts = []
         for batch in batches:
@@ -259,9 +257,8 @@ def build(cfg: Config, folder: Path, ranks: Ranks) -> Llama:
     """The model with its weights. Under fsdp a rank builds and reads its own rows of every parameter, and no more."""
     with torch.device("meta"):
         model = Llama(LlamaConfig(**read_config(folder)), DTYPES[cfg.dtype])
-    if cfg.compile:
-        for block in model.model.layers:
-            block.compile(dynamic=True)
+    for block in model.model.layers if cfg.compile else ():
+        block.compile(dynamic=True)
     if ranks.size > 1 and cfg.shard == "fsdp":
         mesh = dist.init_device_mesh(ranks.device.type, (ranks.size,))
         cast = MixedPrecisionPolicy(DTYPES[cfg.dtype], torch.float32, cast_forward_inputs=False)
@@ -278,14 +275,19 @@ def build(cfg: Config, folder: Path, ranks: Ranks) -> Llama:
 
 def finish_gradients(model: Llama, largest: float, ranks: Ranks) -> float:
     """Sum gradients over ranks (fsdp has done it), clip them to norm `largest` (0: no clipping), return the norm."""
-    grads = [p.grad for p in model.parameters() if ranks.size > 1 and not isinstance(p, DTensor)]
-    if small := [grad for grad in grads if grad.ndim == 1]:  # the norms' go together
-        flat = torch.cat(small)
+    grads = [p.grad for p in model.parameters()]
+    if sharded := isinstance(grads[0], DTensor):
+        grads = [grad.to_local() for grad in grads]
+    elif ranks.size > 1:
+        small = [grad for grad in grads if grad.ndim == 1]
+        flat = torch.cat(small)  # the norms' go together
         for grad in (flat, *(grad for grad in grads if grad.ndim > 1)):
             dist.all_reduce(grad)
         torch._foreach_copy_(small, flat.split([*map(len, small)]))
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    norm = torch.nn.utils.get_total_norm(grads)
+    norm = ranks.sum(norm.square()).sqrt() if sharded else norm  # one sum; clip_grad_norm_ makes one a parameter
+    torch._foreach_mul_(grads, (largest / (norm + 1e-6)).clamp(max=1.0) if largest else 1.0)
+    return float(norm)
 
 
 # The loop.

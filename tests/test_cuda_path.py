@@ -282,10 +282,7 @@ def test_ddp_sends_every_gradient_once_in_float32():
     assert not collectives(run, "allgather") and not collectives(run, "reduce_scatter")
 
 
-ONE_EACH = pytest.mark.xfail(strict=True, reason="clip_grad_norm_ sums each parameter's norm over the ranks by itself")
-
-
-@pytest.mark.parametrize("name", [pytest.param("fsdp", marks=ONE_EACH), "ddp"])
+@pytest.mark.parametrize("name", ["fsdp", "ddp"])
 def test_small_collectives_do_not_grow_with_layers(name):
     """What such a collective takes is the time to begin it."""
     few, many = (trained(**RUNS[name] | more) for more in ({}, {"layers": 3}))
