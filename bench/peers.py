@@ -180,21 +180,18 @@ def beside(folder: Path, file: Path, corpus, steps: int, rounds: int, sides: lis
             losses[name], seconds = apart(SIDES[name][0], folder, file, corpus, order)
             known = next(iter(losses.values()))
             if not abs(losses[name] - known) <= 1e-3:
-                raise ValueError(
-                    f"{name}: step 1 has a loss of {losses[name]:.5f}, {sides[0]} {known:.5f} on the same rows"
-                )
+                found = f"step 1 has a loss of {losses[name]:.5f}, {sides[0]} {known:.5f} on the same rows"
+                raise ValueError(f"{name}: {found}")
             speed[name].append(tokens / sum(seconds[1:]))
             print(f"round {i + 1}   {name:<12} loss {losses[name]:.5f}   {speed[name][-1]:>8,.0f} tokens/s", flush=True)
     print(f"\n{'side':<12}{'loss':>9}{'tokens/s':>10}{sides[0] + ' is':>14}   least to most of {rounds} rounds")
     results = []
     for name in sides:
-        ratios = np.divide(speed[sides[0]], speed[name])
-        about = SIDES[name][1]
-        results.append({"side": name, "about": about, "loss": losses[name], "tokens_per_second": speed[name]})
-        results[-1] |= {"tokens": tokens, "ratios": ratios.tolist()}
-        spread = f"{ratios.min():.2f} to {ratios.max():.2f}"
-        middle = f"{losses[name]:>9.4f}{np.median(speed[name]):>10,.0f}{np.median(ratios):>11.2f} ×"
-        print(f"{name:<12}{middle}   {spread:<15} {about}")
+        found, ratios = losses[name], np.divide(speed[sides[0]], speed[name])
+        middle, spread = np.median(ratios), f"{ratios.min():.2f} to {ratios.max():.2f}"
+        row = f"{name:<12}{found:>9.4f}{np.median(speed[name]):>10,.0f}{middle:>11.2f} ×   {spread:<15}"
+        print(row, SIDES[name][1])
+        results.append({"side": name, "loss": found, "tokens_per_second": speed[name], "ratios": ratios.tolist()})
     return results
 
 
@@ -225,15 +222,11 @@ def objectives(folder: Path, corpus, pairs: int, parts: int) -> dict:
     ratios = seconds[len(orders) :, 1] / seconds[len(orders) :, 0]
     draws = np.random.default_rng(0).choice(ratios, (10_000, pairs))
     low, high = np.quantile(np.median(draws, 1), (0.025, 0.975))
+    middle = float(np.median(ratios))
     print(
-        f"{parts} micro-batches a step: SFT-GO takes {np.median(ratios):.3f} × cross-entropy, 95 % {low:.3f} to {high:.3f}"
+        f"{parts} micro-batches a step: SFT-GO {middle:.3f} × cross-entropy, 95 % {low:.3f} to {high:.3f}", flush=True
     )
-    return {
-        "micro_batches": parts,
-        "ratio": float(np.median(ratios)),
-        "interval": [low, high],
-        "ratios": ratios.tolist(),
-    }
+    return {"micro_batches": parts, "ratio": middle, "interval": [low, high], "ratios": ratios.tolist()}
 
 
 def machine() -> dict:
@@ -257,9 +250,9 @@ def bench(args) -> None:
     if missing and not args.objective and not set(args.sides) <= set(OURS):
         raise ValueError(f'{" and ".join(missing)} missing; install with: pip install -e ".[peers]", or --sides ours')
     if not args.data.is_file():
-        raise ValueError(
-            f"{args.data}: no such file; set SFTGO_SHARED to the folder that has data/lima, or give --data"
-        )
+        raise ValueError(f"{args.data}: no such file; set SFTGO_SHARED to the folder of data/lima, or give --data")
+    if args.pairs is not None and args.pairs < 1:
+        raise ValueError(f"--pairs {args.pairs}: expected 1 or more")
     if args.out and not args.out.absolute().parent.is_dir():
         raise ValueError(f"--out {args.out}: no such folder; create it first")
     about = machine()
@@ -270,9 +263,7 @@ def bench(args) -> None:
         llama = LlamaConfig(**read_config(folder))
         corpus = data.load_corpus(args.data, Tokenizer(folder, llama.vocab_size), SETTINGS["template"], CONTEXT)
         if not 2 <= args.steps <= len(corpus) // BATCH:
-            raise ValueError(
-                f"--steps {args.steps}: expected 2 to {len(corpus) // BATCH}; the first one is not counted"
-            )
+            raise ValueError(f"--steps {args.steps}: expected 2 to {len(corpus) // BATCH}, the first is not counted")
         print(f"work     {args.model}, {args.data.name}, {BATCH} samples a step, bf16", flush=True)
         if args.objective:
             results = [objectives(folder, corpus, args.pairs or 15, parts) for parts in (1, 4)]
@@ -289,13 +280,7 @@ def main() -> None:
     flag, lima = parser.add_argument, SHARED / "data/lima/train.jsonl.gz"
     flag("--model", default="large", metavar="small|large|FOLDER", help="demo/base, or 40M fresh weights (default)")
     flag("--data", type=Path, default=lima, metavar="FILE", help="LIMA (default: the one in SFTGO_SHARED)")
-    flag(
-        "--sides",
-        nargs="+",
-        choices=tuple(SIDES),
-        default=[*SIDES],
-        help="which, the first is compared with the others",
-    )
+    flag("--sides", nargs="+", choices=SIDES, default=[*SIDES], help="the first is compared with the others")
     flag("--steps", type=int, default=3, metavar="N", help="steps of a run, the first not counted (default: 3)")
     flag("--pairs", type=int, metavar="N", help="rounds (default: 3), or pairs of steps of --objective (default: 15)")
     flag("--objective", action="store_true", help="time SFT-GO against cross-entropy in our own loop")
