@@ -44,6 +44,7 @@ from published.config import read_config
 from published.files import read_json, write_json
 from published.hub import resolve
 from published.tokenizer import Tokenizer
+from support import report
 from support.named import named
 from support.ranks import Ranks
 
@@ -198,35 +199,35 @@ def beside(folder: Path, file: Path, corpus, steps: int, rounds: int, sides: lis
 def objectives(folder: Path, corpus, pairs: int, parts: int) -> dict:
     """Steps of SFT-GO and of cross-entropy in turn, `parts` micro-batches each, by train.update: ratio of seconds.
 
-    Both go over the same three steps' rows again and again, so that neither meets a row length first; the first time
-    over them is not counted.
+    Both go over the rows of the same three steps again and again, so that neither meets a row length first; the first
+    time over them is not counted. Groups are TF-IDF's, made before.
     """
     prior, orders = groupers.tfidf(corpus), data.epoch_order(len(corpus), BATCH, 0, 0, drop_last=True)[:3]
-    runs = []
+    groups = report.groups_of_corpus(None, SETTINGS["eta"], corpus, prior)
+    runs, seconds = [], np.zeros((len(orders) + pairs, 2))
     for name in ("cross_entropy", "sft_go"):
         cfg = train.Config(model=str(folder), data="-", objective=name, **SETTINGS)
         model = Llama.from_pretrained(folder, torch.bfloat16, device=DEVICE)
         optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, cfg.betas, weight_decay=cfg.weight_decay, fused=True)
-        method = named(name, "--objective"), groupers.labeller(None, cfg.eta), 2
-        runs.append((model, optimizer, cfg, method))
-    seconds = np.zeros((len(orders) + pairs, 2))
+        runs.append((model, optimizer, cfg, (named(name, "--objective"), None, 2), train.Guess()))
     with Ranks() as ranks:
         for i in range(len(seconds)):
+            rows = np.array_split(orders[i % len(orders)], parts)
             for side in (0, 1) if i % 2 else (1, 0):
-                model, optimizer, cfg, method = runs[side]
-                rows = np.array_split(orders[i % len(orders)], parts)
-                batches = [data.pack(corpus, prior, samples).to(DEVICE) for samples in rows]
+                model, optimizer, cfg, method, guess = runs[side]
+                batches = [data.pack(corpus, prior, samples, groups).to(DEVICE) for samples in rows]
+                counts = sum(batch.group[batch.loss_mask].bincount(minlength=2) for batch in batches).double()
                 began = now()
-                train.update(model, optimizer, batches, cfg, method, i, len(seconds), ranks)
+                train.update(model, optimizer, batches, cfg, method, i, len(seconds), ranks, guess, counts)
                 seconds[i, side] = now() - began
     ratios = seconds[len(orders) :, 1] / seconds[len(orders) :, 0]
     draws = np.random.default_rng(0).choice(ratios, (10_000, pairs))
     low, high = np.quantile(np.median(draws, 1), (0.025, 0.975))
-    middle = float(np.median(ratios))
-    print(
-        f"{parts} micro-batches a step: SFT-GO {middle:.3f} × cross-entropy, 95 % {low:.3f} to {high:.3f}", flush=True
-    )
-    return {"micro_batches": parts, "ratio": middle, "interval": [low, high], "ratios": ratios.tolist()}
+    middle, prices = float(np.median(ratios)), dict(runs[1][-1].steps)
+    how = ", ".join(f"{what} {n} times" for what, n in prices.items()) or "held in every step"
+    found = f"SFT-GO {middle:.3f} × cross-entropy, 95 % {low:.3f} to {high:.3f}"
+    print(f"{parts} micro-batches a step: {found} ({pairs} pairs; prices {how})", flush=True)
+    return dict(micro_batches=parts, ratio=middle, interval=[low, high], ratios=ratios.tolist(), prices=prices)
 
 
 def machine() -> dict:

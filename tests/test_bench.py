@@ -127,6 +127,7 @@ def test_the_objectives_take_turns(peers, corpus, monkeypatch, capsys):
     monkeypatch.setattr(peers, "now", lambda: at[0])
     found = peers.objectives(BASE, corpus, 3, 2)
     assert found["ratios"] == [1.5] * 3 and found["interval"] == [1.5, 1.5]
+    assert found["prices"]["probed"] == 1 and sum(found["prices"].values()) == 6  # no guess before the first step
     assert "1.500 × cross-entropy, 95 % 1.500 to 1.500" in capsys.readouterr().out
     pairs = np.array(seen, dtype=object).reshape(-1, 2, 3)
     assert all(
