@@ -1,18 +1,20 @@
 """Training here beside TRL's SFTTrainer and transformers in a bare loop: same weights, rows, dtype and threads.
 
-    python bench/peers.py                      every side in turn, about eight minutes on two cores
-    python bench/peers.py --sides ours sft-go  this loop alone; the other sides need `pip install -e ".[peers]"`
-    python bench/peers.py --objective          SFT-GO beside cross-entropy in this loop, step by step in one process
+    python bench/peers.py                                    about eight minutes on two cores
+    python bench/peers.py --sides ours sft-go --model small  ours alone; the others need `pip install -e ".[peers]"`
+    python bench/peers.py --objective                        SFT-GO beside cross-entropy, step by step in one process
 
-A side is a process of its own. It trains on the same samples of LIMA, 8 a step, as data.py tokenized them, with fused
-AdamW, gradients clipped to norm 1, bf16: here float32 weights are cast at use, the others run torch's autocast over
-float32 weights (TRL's default). The first step warms up and is not counted; every side must find its cross-entropy to
-within 0.001 nats. Tokens are those of the samples, padding is none. A ratio compares two runs of the same round.
+Each side is a process of its own, on the same samples of LIMA, 8 a step, as data.py tokenized them, with fused AdamW,
+gradients clipped to norm 1, in bf16: here float32 weights are cast at use, the others run torch's autocast over float32
+weights, TRL's default. The first step warms up and is not counted; in it every side must find the same cross-entropy,
+to 0.001 nats. Tokens are those of the samples, without padding. A ratio compares two runs of one round.
 """
 
 import argparse
 import json
 import os
+import platform
+import re
 import shutil
 import signal
 import sys
@@ -53,7 +55,8 @@ LARGE = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_
 LARGE |= dict(num_key_value_heads=4, head_dim=64)  # changes of demo/base's config.json: 40M parameters
 CONTEXT, BATCH = 1024, 8  # BATCH samples of CONTEXT tokens fit one packed row of ours, and are TRL's default
 SETTINGS = dict(template="plain", context=CONTEXT, batch_size=BATCH, micro_batch_tokens=BATCH * CONTEXT, eta=(0.9,))
-SETTINGS |= dict(lam_max=0.9, schedule="linear", clip=1.0, lr=1e-4, weight_decay=0.1, betas=(0.9, 0.95))
+ADAMW = dict(lr=1e-4, weight_decay=0.1, betas=(0.9, 0.95))
+SETTINGS |= dict(lam_max=0.9, schedule="linear", clip=1.0, **ADAMW)
 
 
 def lay_out(folder: Path) -> Path:
@@ -101,16 +104,15 @@ def trl(folder: Path, file: Path, corpus, order: list[np.ndarray], grouped=False
         def on_log(self, args, state, control, logs, **rest):
             losses.append(logs.get("loss"))
 
-    first, *counted = order
-    if grouped:  # no more padding than the trainer's own group_by_length leaves
-        counted = np.split(np.concatenate(counted)[np.argsort(corpus.lengths[np.concatenate(counted)])], len(counted))
-    rows = []
-    for i in np.concatenate([first, *counted]):
+    samples, rows = np.concatenate(order), []
+    if grouped:  # no more padding than the trainer's own group_by_length leaves; the first step stays
+        samples[BATCH:] = sorted(samples[BATCH:], key=corpus.lengths.item)
+    for i in samples:
         tokens = slice(corpus.starts[i], corpus.starts[i + 1])
         labels = np.where(corpus.loss_mask[tokens], corpus.ids[tokens], -100)
         rows.append({"input_ids": corpus.ids[tokens].tolist(), "labels": labels.tolist()})
-    lr, decay, (beta1, beta2) = (SETTINGS[name] for name in ("lr", "weight_decay", "betas"))
-    adamw = dict(learning_rate=lr, weight_decay=decay, adam_beta1=beta1, adam_beta2=beta2)
+    beta1, beta2 = ADAMW["betas"]
+    adamw = dict(learning_rate=ADAMW["lr"], weight_decay=ADAMW["weight_decay"], adam_beta1=beta1, adam_beta2=beta2)
     ready = dict(dataset_kwargs={"skip_prepare_dataset": True}, train_sampling_strategy="sequential")
     quiet = dict(logging_first_step=True, save_strategy="no", report_to="none", disable_tqdm=True)
     with tempfile.TemporaryDirectory() as out:
@@ -129,8 +131,7 @@ def bare(folder: Path, file: Path, corpus, order: list[np.ndarray]) -> tuple[flo
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE).train()
-    adamw = {name: SETTINGS[name] for name in ("lr", "betas", "weight_decay")}
-    optimizer = torch.optim.AdamW(model.parameters(), **adamw, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW, fused=True)
     prior, losses, ends = groupers.none(corpus), [], [now()]
     for samples in order:
         (batch,) = data.micro_batches(corpus, prior, samples, SETTINGS["micro_batch_tokens"])
@@ -147,26 +148,29 @@ def bare(folder: Path, file: Path, corpus, order: list[np.ndarray]) -> tuple[flo
     return losses[0], np.diff(ends).tolist()
 
 
-SIDES = {  # name: (what runs, in words)
-    "ours": (ours, "this loop, cross-entropy"),
-    "sft-go": (partial(ours, grouper="tfidf"), "this loop, SFT-GO with TF-IDF groups"),
-    "trl": (trl, "TRL's SFTTrainer, its defaults: padded, activations recomputed"),
-    "trl-grouped": (partial(trl, grouped=True), "the same, rows grouped by length"),
-    "trl-kept": (partial(trl, grouped=True, gradient_checkpointing=False), "grouped, activations kept"),
-    "bare": (bare, "transformers in a bare loop on our packed rows, autocast, sdpa"),
+SIDES = {
+    "ours": (ours, "train.py, cross-entropy"),
+    "sft-go": (partial(ours, grouper="tfidf"), "train.py, SFT-GO with TF-IDF groups"),
+    "trl": (trl, "TRL's SFTTrainer by default: padded, activations recomputed"),
+    "trl-grouped": (partial(trl, grouped=True), "TRL, samples grouped by length"),
+    "trl-kept": (
+        partial(trl, grouped=True, gradient_checkpointing=False),
+        "TRL, grouped, activations kept (no default)",
+    ),
+    "bare": (bare, "transformers in a bare loop on our packed rows"),
 }
-OURS = ("ours", "sft-go")
+USUAL = ["ours", "sft-go", "trl", "trl-grouped", "bare"]
 
 
 def quiet() -> None:
-    """Of a side's process: it prints nothing but its errors and ends at Ctrl-C."""
+    """A side's process prints nothing but its errors, and ends at Ctrl-C."""
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def apart(side, *args):
-    """What a side returns, in a new process."""
+def apart(side, *args) -> tuple[float, list[float]]:
+    """What a side returns, from a new process."""
     with ProcessPoolExecutor(1, get_context("spawn"), quiet) as pool:
         return pool.submit(side, *args).result()
 
@@ -208,7 +212,7 @@ def objectives(folder: Path, corpus, pairs: int, parts: int) -> dict:
     for name in ("cross_entropy", "sft_go"):
         cfg = train.Config(model=str(folder), data="-", objective=name, **SETTINGS)
         model = Llama.from_pretrained(folder, torch.bfloat16, device=DEVICE)
-        optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, cfg.betas, weight_decay=cfg.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(model.parameters(), **ADAMW, fused=True)
         runs.append((model, optimizer, cfg, (named(name, "--objective"), None, 2), train.Guess()))
     with Ranks() as ranks:
         for i in range(len(seconds)):
@@ -232,12 +236,10 @@ def objectives(folder: Path, corpus, pairs: int, parts: int) -> dict:
 
 def machine() -> dict:
     """What the numbers depend on besides the code; `load` is what else was running before we began."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     return {
-        "cpu": facts.get("model name", "unknown"),
-        "bf16_instructions": sorted({"amx_bf16", "avx512_bf16"} & set(facts.get("flags", "").split())),
+        "cpu": "".join(re.findall(r"^model name\s*: (.+)$", cpuinfo, re.MULTILINE)[:1]) or platform.machine(),
+        "bf16_instructions": [name for name in ("amx_bf16", "avx512_bf16") if name in cpuinfo],
         "gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -248,7 +250,7 @@ def machine() -> dict:
 
 def bench(args) -> None:
     missing = [name for name in ("transformers", "trl") if not find_spec(name)]
-    if missing and not args.objective and not set(args.sides) <= set(OURS):
+    if missing and not args.objective and not set(args.sides) <= {"ours", "sft-go"}:
         raise ValueError(f'{" and ".join(missing)} missing; install with: pip install -e ".[peers]", or --sides ours')
     if not args.data.is_file():
         raise ValueError(f"{args.data}: no such file; set SFTGO_SHARED to the folder of data/lima, or give --data")
@@ -269,7 +271,7 @@ def bench(args) -> None:
         if args.objective:
             results = [objectives(folder, corpus, args.pairs or 15, parts) for parts in (1, 4)]
         else:
-            results = beside(folder, args.data, corpus, args.steps, args.pairs or 3, args.sides)
+            results = beside(folder, args.data, corpus, args.steps, args.pairs or 2, args.sides)
     if args.out:
         write_json(args.out, {"machine": about, "model": args.model, "data": str(args.data), "results": results})
 
@@ -281,9 +283,10 @@ def main() -> None:
     flag, lima = parser.add_argument, SHARED / "data/lima/train.jsonl.gz"
     flag("--model", default="large", metavar="small|large|FOLDER", help="demo/base, or 40M fresh weights (default)")
     flag("--data", type=Path, default=lima, metavar="FILE", help="LIMA (default: the one in SFTGO_SHARED)")
-    flag("--sides", nargs="+", choices=SIDES, default=[*SIDES], help="the first is compared with the others")
+    usual = f"the first is compared with the others (default: {' '.join(USUAL)})"
+    flag("--sides", nargs="+", choices=SIDES, default=USUAL, help=usual)
     flag("--steps", type=int, default=3, metavar="N", help="steps of a run, the first not counted (default: 3)")
-    flag("--pairs", type=int, metavar="N", help="rounds (default: 3), or pairs of steps of --objective (default: 15)")
+    flag("--pairs", type=int, metavar="N", help="rounds (default: 2), or pairs of steps of --objective (default: 15)")
     flag("--objective", action="store_true", help="time SFT-GO against cross-entropy in our own loop")
     flag("--out", type=Path, metavar="FILE.json", help="write all numbers here")
     args = parser.parse_args()
