@@ -76,6 +76,16 @@ sft_go.constant_price = lambda lam: lam == 0
 OBJECTIVES = {f.__name__: f for f in (sft_go, cross_entropy, important_only)}
 
 
+def price(objective, nats: Tensor, tokens: Tensor) -> Tensor:
+    """∂ loss / ∂ nats, (K,) float64: the weight of each group's summed loss in the step's gradient."""
+    nats = nats.detach().double().requires_grad_()
+    loss = objective(nats, tokens)
+    prices = torch.autograd.grad(loss, nats, allow_unused=True)[0]
+    if prices is None:
+        raise ValueError("the objective's loss carries no gradient of nats: nothing would be trained")
+    return prices
+
+
 def lam_at(step: int, total_steps: int, lam_max: float, lam_min: float) -> float:
     """λ after `step` finished steps, 0 ... total_steps - 1; constant if lam_max == lam_min (Eq. 5)."""
     if not 0 <= lam_min <= lam_max <= 1:
