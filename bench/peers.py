@@ -46,7 +46,7 @@ from published.config import read_config
 from published.files import read_json, write_json
 from published.hub import resolve
 from published.tokenizer import Tokenizer
-from support import report
+from support.guess import Guess, groups_before
 from support.named import named
 from support.ranks import Ranks
 
@@ -207,13 +207,13 @@ def objectives(folder: Path, corpus, pairs: int, parts: int) -> dict:
     time over them is not counted. Groups are TF-IDF's, made before.
     """
     prior, orders = groupers.tfidf(corpus), data.epoch_order(len(corpus), BATCH, 0, 0, drop_last=True)[:3]
-    groups = report.groups_of_corpus(None, SETTINGS["eta"], corpus, prior)
+    groups = groups_before(groupers.tfidf, SETTINGS["eta"], corpus, prior, 0)
     runs, seconds = [], np.zeros((len(orders) + pairs, 2))
     for name in ("cross_entropy", "sft_go"):
         cfg = train.Config(model=str(folder), data="-", objective=name, **SETTINGS)
         model = Llama.from_pretrained(folder, torch.bfloat16, device=DEVICE)
         optimizer = torch.optim.AdamW(model.parameters(), **ADAMW, fused=True)
-        runs.append((model, optimizer, cfg, (named(name, "--objective"), None, 2), train.Guess()))
+        runs.append((model, optimizer, cfg, (named(name, "--objective"), None, 2), Guess()))
     with Ranks() as ranks:
         for i in range(len(seconds)):
             rows = np.array_split(orders[i % len(orders)], parts)
