@@ -103,9 +103,7 @@ class Packed:
 
 class Rotate(torch.autograd.Function):
     """Rotary embedding of (B, heads, T, hd): pair (x_i, x_{i + hd/2}) turns by angle i of its position.
-
-    Its gradient turns back. By hand, because autograd would make twice as many passes over memory.
-    """
+    The gradient turns back, by hand: autograd would make twice as many passes over memory."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -147,8 +145,8 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        same = self.weight.dtype == x.dtype
-        return F.linear(x, self.weight) if same else _CastLinear.apply(x, self.weight, self.cast)
+        w = self.weight  # (out, in)
+        return F.linear(x, w) if w.dtype == x.dtype else _CastLinear.apply(x, w, self.cast)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -279,8 +279,7 @@ def finish_gradients(model: Llama, largest: float, ranks: Ranks) -> float:
     if sharded := isinstance(grads[0], DTensor):
         grads = [grad.to_local() for grad in grads]
     elif ranks.size > 1:
-        small = [grad for grad in grads if grad.ndim == 1]
-        flat = torch.cat(small)  # the norms' go together
+        flat = torch.cat(small := [grad for grad in grads if grad.ndim == 1])  # the norms' go together
         for grad in (flat, *(grad for grad in grads if grad.ndim > 1)):
             dist.all_reduce(grad)
         torch._foreach_copy_(small, flat.split([*map(len, small)]))
