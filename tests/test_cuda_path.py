@@ -270,9 +270,8 @@ def test_fsdp_gathers_bf16_and_scatters_float32_and_no_more_than_the_parameters(
     backwards = sum(op.name == "aten.embedding_dense_backward" for op in run.ops)
     passes = sum(op.name == "aten.embedding" for op in run.ops)
     assert Counter(t.bytes for t in scattered) == {4 * block: run.layers * backwards, 4 * rest: backwards}
-    ours, of_rest = Counter(t.bytes for t in gathered), 2 * rest
-    assert set(ours) == {2 * block, of_rest} and passes <= ours[of_rest] <= passes + backwards
-    assert run.layers * passes <= ours[2 * block] <= run.layers * (passes + backwards)
+    blocks = run.layers * (passes + backwards)  # given back in between
+    assert Counter(t.bytes for t in gathered) == {2 * block: blocks, 2 * rest: passes}
 
 
 def test_ddp_sends_every_gradient_once_in_float32():
