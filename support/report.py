@@ -146,6 +146,17 @@ def memory_needed(
     return needed | (gathered if ranks > 1 else {})
 
 
+def forward_flops(cfg: LlamaConfig, positions: int, supervised: int, squares: float) -> float:
+    """Multiplications and additions of a forward pass; `squares` is the sum of the documents' squared lengths.
+
+    The head runs on the supervised positions alone, a position attends to half of its document on average.
+    """
+    q, kv = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
+    block = cfg.hidden_size * (2 * q + 2 * kv + 3 * cfg.intermediate_size)  # parameters
+    matmuls = cfg.num_hidden_layers * block * positions + cfg.vocab_size * cfg.hidden_size * supervised
+    return 2 * matmuls + 2 * cfg.num_hidden_layers * q * squares
+
+
 def plan(
     cfg,
     functions: tuple[Named, Named],
