@@ -9,6 +9,8 @@ stream is in the compute dtype. Norms, rotary angles and softmax are computed in
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -81,6 +83,7 @@ class Packed:
     def to(self, device) -> "Packed":
         return Packed(self.lengths, device)
 
+    @torch.compiler.disable  # documents differ from row to row; everything else in a block is compiled once for all
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         grouped = k.shape[1] != q.shape[1]
         if q.is_cuda and q.dtype != torch.float32:
@@ -100,40 +103,65 @@ class Packed:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of (B, heads, T, hd): pair (x_i, x_{i + hd/2}) turns by angle i of its position."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return _Rotate.apply(x, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """A gradient turns back by the same angles. Each way makes half of the passes over memory that autograd would."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _Rotate.turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _Rotate.turn(grad, cos, -sin), None, None
+
+    @staticmethod
+    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        y = x * torch.cat((cos, cos), -1)  # (B, heads, T, hd)
+        (a, b), (turned_a, turned_b) = x.chunk(2, -1), y.chunk(2, -1)
+        turned_a.addcmul_(b, sin, value=-1)  # a cos - b sin
+        turned_b.addcmul_(a, sin)  # b cos + a sin
+        return y
 
 
 class _CastLinear(torch.autograd.Function):
     """x Wᵀ with W cast to x's dtype in forward and again in backward: autograd alone would keep every cast weight
-    alive until its backward, a second copy of the model."""
+    alive until its backward, a second copy of the model. `cast` is that copy, where there is room for it."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight.to(x.dtype))
+    def forward(ctx, x: Tensor, weight: Tensor, cast: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, cast)
+        return F.linear(x, weight.to(x.dtype) if cast is None else cast)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors  # (..., in), (out, in); grad is (..., out)
-        return grad @ weight.to(x.dtype), (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, cast = ctx.saved_tensors  # (..., in), (out, in); grad is (..., out)
+        grad_x = grad @ (weight.to(x.dtype) if cast is None else cast)
+        return grad_x, (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype), None
 
 
 class Linear(nn.Linear):
     """A matrix without bias, stored in the parameters' dtype, used in its input's."""
 
+    cast: Tensor | None = None  # in the compute dtype, inside `Llama.cast_once`
+
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) if self.weight.dtype == x.dtype else _CastLinear.apply(x, self.weight)
+        same = self.weight.dtype == x.dtype
+        return F.linear(x, self.weight) if same else _CastLinear.apply(x, self.weight, self.cast)
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight, in float32."""
+    """x / rms(x) * weight, computed in float32 inside one kernel, which takes x and weight in the same dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -218,6 +246,16 @@ class Llama(nn.Module):
             args = x, cos, sin, layout
             x = checkpoint(block, *args, use_reentrant=False) if self.recompute else block(*args)
         return self.model.norm(x)
+
+    @contextmanager
+    def cast_once(self) -> Iterator[None]:
+        """Inside, the blocks' matrices are cast to the compute dtype once, not at each use; it takes a copy of them."""
+        matrices = [module for module in self.model.modules() if isinstance(module, Linear)]
+        for matrix in matrices:
+            matrix.cast = matrix.weight.detach().to(self.compute_dtype)
+        yield
+        for matrix in matrices:
+            matrix.cast = None
 
     @classmethod
     def from_pretrained(

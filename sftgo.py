@@ -97,20 +97,21 @@ def sft_go_loss(nll: Tensor, important: Tensor, loss_mask: Tensor, lam: float) -
     return sft_go(nats, tokens, lam), stats | {"important_tokens": tokens[1], "unimportant_tokens": tokens[0]}
 
 
-def token_nll(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
+def token_nll(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
     """Cross-entropy of each target, -log p(target | hidden), without storing the full (N, V) logits.
 
     Args:
         hidden:         (N, D) float, the model's last hidden states.
         lm_head_weight: (V, D) float, cast to hidden's dtype at use.
         targets:        (N,) int64.
-        chunk:          rows of logits in memory at once.
+        chunk:          rows of logits in memory at once; None: 4,096 on a GPU, what a cache holds on a CPU.
 
     Returns (N,) float32 nats. Forward saves one log-sum-exp per row; backward computes each chunk of logits again.
     """
     if hidden.ndim != 2 or targets.shape != hidden.shape[:1] or lm_head_weight.shape[1:] != hidden.shape[1:]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (hidden, lm_head_weight, targets))
         raise ValueError(f"hidden, lm_head_weight, targets are {shapes}: expected (N, D), (V, D) and (N,)")
+    chunk = chunk or (4096 if hidden.is_cuda else max(128, 2**19 // len(lm_head_weight)))
     return _TokenNLL.apply(hidden, lm_head_weight, targets, chunk)
 
 
@@ -122,9 +123,10 @@ class _TokenNLL(torch.autograd.Function):
         head = weight.to(hidden.dtype)  # (V, D)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            logits = (hidden[rows] @ head.T).float()  # (chunk, V)
-            lse[rows] = logits.logsumexp(1)
+            logits = hidden[rows] @ head.T  # (chunk, V)
             target_logit[rows] = logits.gather(1, targets[rows, None]).squeeze(1)
+            highest = logits.amax(1, keepdim=True).float()  # (chunk, 1)
+            lse[rows] = (logits - highest).exp_().sum(1).log() + highest.squeeze(1)  # float32 from the subtraction on
         ctx.save_for_backward(hidden, weight, targets, lse)
         ctx.chunk = chunk
         return lse - target_logit
@@ -137,9 +139,10 @@ class _TokenNLL(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # (V, D), summed over all chunks
         for start in range(0, len(hidden), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            grad = (hidden[rows] @ head.T).float().sub_(lse[rows, None]).exp_()  # softmax, (chunk, V)
+            logits = hidden[rows] @ head.T  # (chunk, V)
+            grad = (logits - lse[rows, None]).exp_()  # softmax, (chunk, V) float32
             grad.scatter_add_(1, targets[rows, None], -torch.ones_like(grad[:, :1]))  # minus one-hot
-            grad = grad.mul_(grad_nll[rows, None]).to(hidden.dtype)  # d loss / d logits
+            grad = torch.mul(grad, grad_nll[rows, None], out=logits)  # d loss / d logits
             grad_hidden[rows] = grad @ head
             grad_weight += grad.T @ hidden[rows]
         return grad_hidden, grad_weight.to(weight.dtype), None, None

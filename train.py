@@ -261,10 +261,8 @@ def build(cfg: Config, folder: Path, ranks: Ranks) -> Llama:
     if ranks.size > 1 and cfg.shard == "fsdp":
         mesh = dist.init_device_mesh(ranks.device.type, (ranks.size,))
         cast = MixedPrecisionPolicy(DTYPES[cfg.dtype], torch.float32, cast_forward_inputs=False)
-        for block in model.model.layers:  # norms apart: they are float32 in use, not cast with the rest
-            fully_shard([block.input_layernorm, block.post_attention_layernorm], mesh=mesh)
+        for block in model.model.layers:
             fully_shard(block, mesh=mesh, mp_policy=cast)
-        fully_shard(model.model.norm, mesh=mesh)
         fully_shard(model, mesh=mesh, mp_policy=cast)  # a root stays gathered after forward: `nll` uses lm_head.weight
         for module in model.modules():
             if hasattr(module, "set_gradient_divide_factor"):
