@@ -13,6 +13,7 @@ traceback goes to gpu.log. Times are medians, taken after the GPU has finished, 
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import os
 import re
@@ -42,7 +43,7 @@ from bench import lengths
 from bench.roofline import SHAPES, folder_of
 from eval.score import log_likelihoods
 from model import Llama
-from published.files import read_json, write_json
+from published.files import write_json
 from support import report, scores
 from support.generate import generate
 from support.named import named
@@ -125,19 +126,19 @@ class Bench:
                 return tokens
         return 256 if self.tiny else 2048
 
-    def train(self, model: Llama, name: str, steps: int, most: int, **flags) -> list[dict]:
-        """The lines of metrics.jsonl of some steps of train.py's own loop, after three that warm up."""
-        steps, corpus = (1 if self.tiny else steps) + 3, self.corpus(name, model)
+    def train(self, model: Llama, name: str, steps: int, most: int, warm: int = 3, **flags) -> list[dict]:
+        """The lines of metrics.jsonl of some steps of train.py's own loop, after some that warm up."""
+        steps, corpus = (1 if self.tiny else steps) + warm, self.corpus(name, model)
         if self.gpu:
             torch.cuda.reset_peak_memory_stats()
         with tempfile.TemporaryDirectory() as out:
             how = {"max_steps": steps, "checkpoint_every": 0, "context": min(4096, most), "out": out}
-            how |= RECIPES[name] | {"batch_size": 8} * self.tiny
+            how |= {"batch_size": 8} if self.tiny else RECIPES[name]
             cfg = train.Config(model="-", data="-", micro_batch_tokens=most, **how, **flags)
             objective, grouper = named(cfg.objective, "--objective"), named(cfg.grouper, "--grouper")
             prior = scores.without_model(grouper, corpus, 0)
             train.loop(cfg, (objective, groupers.labeller(grouper, cfg.eta), 2), model, corpus, prior, self.ranks)
-            return [*map(read_line, (Path(out) / "metrics.jsonl").read_text().splitlines())][3:]
+            return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()][warm:]
 
     def rate(self, model: Llama, name: str, rows: list[dict]) -> tuple[float, float]:
         """Tokens per second, and how many FLOP/s of them are the formula's: no recomputation, causal attention."""
@@ -165,19 +166,12 @@ class Bench:
             yield Row(f"{label}: peak memory", rows[-1]["peak_memory_bytes"] / 1e9, "GB", "90-105 % of the plan", note)
 
 
-def read_line(line: str) -> dict:
-    import json
-
-    return json.loads(line)
-
-
 # The parts, most important first.
 
 
 def checks(bench: Bench) -> Iterator[Row]:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
-    command += ["--ignore=tests/test_examples.py"] if bench.tiny else []
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PARTS["checks"].limit - 5)
     count = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", ran.stdout[-500:])}
     failed = [line for line in ran.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     note = " ".join(failed)[:300] or ", ".join(f"{n} {word}" for word, n in count.items()) or ran.stderr[-200:]
@@ -251,12 +245,11 @@ def transformers(bench: Bench) -> Iterator[Row]:
     size = 8 if bench.tiny else RECIPES["lima"]["batch_size"]
     order = data.epoch_order(len(corpus), size, 0, 0)[:5]
     theirs = padded(corpus, np.sort(order[0])[:1], device)
-    ids, answered = torch.from_numpy(corpus.ids), torch.from_numpy(corpus.loss_mask)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-        batch = data.pack(corpus, np.zeros(len(ids), np.float32), np.sort(order[0])[:1]).to(device)
+        batch = data.pack(corpus, np.zeros(len(corpus.ids)), np.sort(order[0])[:1]).to(device)
         difference = float(abs(peer(**theirs).loss - batch.nll(ours).sum() / batch.loss_mask.sum()))
     yield Row("transformers: difference of the loss of a sample", difference, "nats", "0.01")
-    del ours, batch, answered
+    del ours, batch
     optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-5, fused=True)
     for p in peer.parameters():
         p.grad = torch.zeros_like(p)
@@ -264,7 +257,8 @@ def transformers(bench: Bench) -> Iterator[Row]:
     for grouped, goal in ((False, "3"), (True, "1.3")):
         steps = [np.array(sorted(o, key=lambda i: corpus.lengths[i])) if grouped else o for o in order]
         for rows, recompute in PEERS:
-            peer.gradient_checkpointing_enable() if recompute else peer.gradient_checkpointing_disable()
+            if recompute != peer.is_gradient_checkpointing:
+                peer.gradient_checkpointing_enable() if recompute else peer.gradient_checkpointing_disable()
             try:
                 times = [peer_step(bench, peer, optimizer, corpus, samples, rows) for samples in steps]
                 break
@@ -344,12 +338,12 @@ GROUPS = {  # kinds of kernels, by what their names have in them; the first that
 
 
 def profile(bench: Bench) -> Iterator[Row]:
-    """Where a step's time goes: kernels of one step, by their names."""
+    """Where a step's time goes: kernels of three steps, by their names."""
     model = bench.model("3b")
     most = bench.limit(model)
     bench.train(model, "lima", 1, most, **GO)
     with torch.profiler.profile(acc_events=True) as seen:
-        bench.train(model, "lima", 1, most, **GO)
+        seconds = sum(row["seconds"] for row in bench.train(model, "lima", 3, most, 0, **GO))
     found, slowest = dict.fromkeys([*GROUPS, "other"], 0.0), {}
     for event in seen.key_averages():
         micros = event.self_device_time_total if bench.gpu else event.self_cpu_time_total
@@ -358,6 +352,7 @@ def profile(bench: Bench) -> Iterator[Row]:
             found[kind] += micros
             slowest.setdefault(kind, []).append((micros, event.key[:60]))
     whole = sum(found.values())
+    yield Row("3B LIMA, SFT-GO: the GPU is busy", whole / seconds / 1e4, "% of the time", "100")
     for kind, micros in found.items():
         note = "; ".join(f"{t / whole:.1%} {name}" for t, name in sorted(slowest.get(kind, []))[:-4:-1])
         yield Row(f"3B LIMA, SFT-GO: time in {kind}", 100 * micros / whole, "%", note=note)
