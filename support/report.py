@@ -146,6 +146,12 @@ def memory_needed(
     return needed | (gathered if ranks > 1 else {})
 
 
+GPUS = {  # FLOP/s of large bf16 matmuls, bytes/s of memory, bytes/s that a rank of eight gets from the others
+    "H100": (700e12, 3.0e12, 370e9),
+    "H200": (700e12, 4.3e12, 370e9),
+}
+
+
 def forward_flops(cfg: LlamaConfig, positions: int, supervised: int, squares: float) -> float:
     """Multiplications and additions of a forward pass; `squares` is the sum of the documents' squared lengths.
 
@@ -155,6 +161,38 @@ def forward_flops(cfg: LlamaConfig, positions: int, supervised: int, squares: fl
     block = cfg.hidden_size * (2 * q + 2 * kv + 3 * cfg.intermediate_size)  # parameters
     matmuls = cfg.num_hidden_layers * block * positions + cfg.vocab_size * cfg.hidden_size * supervised
     return 2 * matmuls + 2 * cfg.num_hidden_layers * q * squares
+
+
+def seconds_needed(
+    cfg: LlamaConfig,
+    parameters: int,
+    step: tuple[float, float, float],
+    micro_batches: int,
+    ranks: int = 1,
+    recompute: bool = False,
+    gpu: str = "H100",
+) -> float:
+    """Seconds of a step of (positions, supervised, squares) by arithmetic, as if GPUs never waited for anything.
+
+    Matmuls run forward, and twice as long backward; attention 2.5 times. The head makes its logits again, and with
+    `recompute` the layers all of theirs. Bytes: what norms, rotation, silu and sums of a layer read and write, 40 for a
+    logit; of a parameter 40 for clipping and AdamW, 18 for its gradient in each micro-batch, 12 for its cast. Over
+    several ranks fsdp sends 8 bytes of a parameter meanwhile.
+    """
+    (rate, memory, link), (positions, supervised, squares) = GPUS[gpu], (x / ranks for x in step)
+    D, ff, head = cfg.hidden_size, cfg.intermediate_size, cfg.vocab_size * cfg.hidden_size * supervised
+    q, kv = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
+    flops = (3 + recompute) * forward_flops(cfg, positions, supervised, squares)
+    flops += cfg.num_hidden_layers * q * squares + 2 * head * (1 - recompute)
+    forward, backward = (20 * D + 12 * (q + kv) + 10 * ff, 42 * D + 12 * (q + kv) + 18 * ff)
+    moved = cfg.num_hidden_layers * positions * ((1 + recompute) * forward + backward) + 40 * cfg.vocab_size * supervised
+    moved += parameters * (40 / ranks + 18 * micro_batches + 12 * (micro_batches if ranks > 1 else 1) - 12)
+    sent = 8 * parameters * micro_batches * (ranks - 1) / ranks
+    return max(flops / rate + moved / memory, sent / link)
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{max(1, round(seconds / 60))} minutes"
 
 
 def plan(
