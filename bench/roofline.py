@@ -137,7 +137,7 @@ def seconds(op, kind: str, step: SimpleNamespace, ranks: int, gpu: str) -> float
     returns = torch_op._schema.returns if torch_op else []
     if name.startswith(FREE) or any(r.alias_info and not r.alias_info.is_write for r in returns):
         return 0.0
-    moved = sum(t.bytes for t in op.inputs + (op.outputs or op.inputs))  # without outputs: written where it was read
+    moved = sum(t.bytes for t in op.inputs + (op.inputs if kind == "optimizer" else op.outputs))  # it writes in place
     if kind == "collectives":
         return max(t.bytes for t in op.inputs + op.outputs) * (ranks - 1) / ranks / link
     if kind == "attention":

@@ -191,8 +191,18 @@ def seconds_needed(
     return max(flops / rate + moved / memory, sent / link)
 
 
-def duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{max(1, round(seconds / 60))} minutes"
+def expected(cfg, llama: LlamaConfig, parameters: int, corpus: Corpus, steps: int, ranks: int) -> str:
+    """The run's time, for the plan; "" where a step is shorter than it takes to start its kernels."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    gpu, n = next((gpu for gpu in GPUS if gpu in name), "H100"), corpus.lengths - 1
+    totals = n.sum(), corpus.loss_mask.sum(), (n.astype(float) ** 2).sum()
+    step = [min(1, cfg.batch_size / len(corpus)) * float(total) for total in totals]
+    micro_batches = math.ceil(step[0] / ranks / cfg.micro_batch_tokens)
+    each = seconds_needed(llama, parameters, step, micro_batches, ranks, cfg.checkpoint_activations, gpu)
+    minutes = steps * each / 60
+    long = f"{minutes / 60:.1f} hours" if minutes >= 100 else f"{minutes:.0f} minutes" if minutes >= 2 else ""
+    number = {1: "one", 2: "two", 4: "four", 8: "eight"}.get(ranks, ranks)
+    return f"about {long or f'{60 * minutes:.0f} seconds'} on {number} {gpu}, by arithmetic" if each > 0.02 else ""
 
 
 def plan(
@@ -247,6 +257,7 @@ def plan(
         "model": f"{cfg.model}: {parameters / 1e6:,.1f}M parameters{fresh}, computed in {cfg.dtype}",
         "memory": f"about {sum(memory.values()) / 1e9:.2g} GB of tensors{' on each rank' * (ranks > 1)}: "
         + ", ".join(f"{what} {n / 1e9:.2g}" for what, n in memory.items()),
+        "time": expected(cfg, llama, parameters, corpus, steps, ranks) if cfg.dry_run or torch.cuda.is_available() else "",
         "saves": f"checkpoints: {size if cfg.checkpoint_every else 'none'}",
         "resume": stuck if unknown else "",
     }
