@@ -324,10 +324,13 @@ def epoch_order(samples: int, batch_size: int, seed: int, epoch: int, drop_last:
     return np.split(order, range(batch_size, samples, batch_size))[: samples // batch_size if drop_last else None]
 
 
-def micro_batches(corpus: Corpus, prior, samples: np.ndarray, max_tokens: int, rank=0, ranks=1) -> list[Batch]:
+def micro_batches(
+    corpus: Corpus, prior, samples: np.ndarray, max_tokens: int, rank=0, ranks=1, groups=None
+) -> list[Batch]:
     """One rank's part of a step: its samples in packed rows of at most `max_tokens` positions.
 
-    All ranks get the same number of rows and about the same number of tokens. `prior` is (tokens,), as `corpus.ids`.
+    All ranks get the same number of rows and about the same number of tokens. `prior` is (tokens,), as `corpus.ids`; so
+    are `groups`, where they are known.
     """
     need = corpus.lengths[samples] - 1  # (samples,) positions; a sample's last token is a target only
     dealt, load = [[] for _ in range(ranks)], np.zeros(ranks, np.int64)  # each rank's rows: [free positions, *samples]
@@ -339,11 +342,11 @@ def micro_batches(corpus: Corpus, prior, samples: np.ndarray, max_tokens: int, r
             rows.append(row := [max_tokens])
         row[0] -= need[i]
         row.append(i)
-    batches = [pack(corpus, prior, samples[row[1:]]) for row in dealt[rank]]
+    batches = [pack(corpus, prior, samples[row[1:]], groups) for row in dealt[rank]]
     return batches + [blank(corpus, prior) for _ in range(max(map(len, dealt)) - len(batches))]
 
 
-def pack(corpus: Corpus, prior: np.ndarray, samples: np.ndarray) -> Batch:
+def pack(corpus: Corpus, prior: np.ndarray, samples: np.ndarray, groups: np.ndarray | None = None) -> Batch:
     """The samples end to end in one row; targets and what describes them shifted by one."""
     lengths = corpus.lengths[samples] - 1  # (samples,) positions
     at = ragged(corpus.starts[samples], lengths)  # (T,) into the corpus
@@ -354,6 +357,7 @@ def pack(corpus: Corpus, prior: np.ndarray, samples: np.ndarray) -> Batch:
         prior=torch.from_numpy(prior[at + 1]),
         doc_ids=torch.from_numpy(np.repeat(np.arange(len(samples)), lengths)),
         layout=Packed(lengths.tolist()),
+        group=None if groups is None else torch.from_numpy(groups[at + 1]),
     )
 
 

@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -24,6 +25,7 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "256")
 if os.environ.get("RANK", "0") != "0":
     os.environ["TQDM_DISABLE"] = "1"  # one progress bar is enough
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -50,7 +52,7 @@ from support.recipes import RECIPES, table
 
 Objective = Callable[[Tensor, Tensor], Tensor]  # (nats, tokens) of the groups, (K,) each -> loss, ()
 Label = Callable[[Tensor, Batch], Tensor]  # (detached nll (T,), batch) -> group (T,)
-Method = tuple[Named, Label, int]  # what a run trains: objective (nats, tokens, λ) -> loss; label; K
+Method = tuple[Named, Label | None, int]  # objective (nats, tokens, λ) -> loss; label, where losses decide groups; K
 
 # Configuration: a field is a flag. What it must be stands beside it, as a test and in words.
 
@@ -199,7 +201,7 @@ def backward(prices: Tensor, nats: Tensor) -> None:
 
 
 def step(
-    model, batches, objective: Objective, label: Label, reduce=lambda t: t, groups=2, constant_price=False, weigh=None
+    model, batches, objective, label, reduce=lambda t: t, groups=2, constant_price=False, weigh=None, guess=None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add this rank's part of one optimizer step's gradient to `.grad`; return the step's `sums`, (K,) each.
 
@@ -208,23 +210,60 @@ def step(
 
     Args:
         batches:        this rank's micro-batches; every rank has the same number.
+        objective:      an `Objective`.
+        label:          a `Label`; asked where a batch has no group yet.
         reduce:         sums a tensor over ranks, so every rank computes the same prices.
         constant_price: every price is 1 / (all tokens), as in plain cross-entropy: no extra forward pass.
         weigh:          (detached nll (T,), batch) -> weight of each token (T,); without it, each weighs 1.
+        guess:          prices (K,) to try before they are known, from empty gradients; a wrong one changes no result.
     """
-    first, parts = [], []
+    held, alone, sure = [], len(batches) == 1, guess is None
     if constant_price:
         tokens = reduce(torch.stack([batch.loss_mask.sum() for batch in batches]).sum())  # () of the whole step
         prices = (1 / tokens.double()).expand(groups)  # (K,)
+    elif sure:
+        with torch.set_grad_enabled(alone):  # one: keep its graph; more: forward again below, 1/3 more work
+            held = [sums(model, batch, label, groups, weigh) for batch in batches]
+        prices = price(objective, *total(held, reduce)[:2])  # (K,)
     else:
-        with torch.set_grad_enabled(len(batches) == 1):  # one: keep its graph; more: forward again below, 1/3 more work
-            first = [sums(model, batch, label, groups, weigh) for batch in batches]
-        prices = price(objective, *total(first, reduce)[:2])  # (K,)
-    for batch in batches:
-        part = first[0] if len(first) == 1 else sums(model, batch, label, groups, weigh)
-        backward(prices, part[0])
-        parts.append([t.detach() for t in part])
-    return total(parts, reduce)
+        prices = guess
+    while True:
+        parts = []
+        for batch in batches:
+            part = held[0] if held and alone else sums(model, batch, label, groups, weigh)
+            backward(prices, part[0])
+            parts.append([t.detach() for t in part])
+        found = total(parts, reduce)
+        if sure or torch.equal(prices, true := price(objective, *found[:2])):
+            return found
+        model.zero_grad()
+        prices, sure = true, True
+
+
+class Guess:
+    """A step's prices before its first forward pass: those of the last step's means and of this step's token counts.
+
+    The prices of sft_go depend on the counts and on which group is the worst: they are seldom wrong, to the last bit. A
+    wrong guess costs a second step and a probe a third of one, so guess while at most 1/3 of the last ones were wrong.
+    """
+
+    def __init__(self):
+        self.means, self.prices, self.tried, self.wrong = None, None, False, deque(maxlen=12)
+        self.steps = Counter()  # how many were what
+
+    def make(self, objective: Objective, tokens: Tensor) -> Tensor | None:
+        """Prices (K,) for a step with this many `tokens` in each group, (K,); None: probe."""
+        self.prices = None if self.means is None else price(objective, self.means * tokens, tokens)
+        self.tried = self.prices is not None and 3 * sum(self.wrong) <= len(self.wrong)
+        return self.prices if self.tried else None
+
+    def learn(self, objective: Objective, nats: Tensor, tokens: Tensor) -> None:
+        """From the step's sums, (K,) each."""
+        right = self.prices is not None and torch.equal(self.prices, price(objective, nats, tokens))
+        if self.prices is not None:
+            self.wrong.append(not right)
+        self.means = (nats / tokens).where(tokens > 0, 0.0 if self.means is None else self.means)
+        self.steps["probed" if not self.tried else "guessed right" if right else "guessed wrong"] += 1
 
 
 def micro_batch_step(
@@ -301,8 +340,14 @@ def lr_at(step: int, total_steps: int, lr: float, schedule: str, warmup_ratio: f
     return lr * {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}[schedule]
 
 
-def update(model, optimizer, batches: list[Batch], cfg, method: Method, done: int, total_steps: int, ranks) -> dict:
+def update(
+    model, optimizer, batches, cfg, method: Method, done: int, total_steps: int, ranks, guess=None, counts=None
+) -> dict:
     """One optimizer step, the one after `done` others; returns its part of the log.
+
+    Args:
+        guess:  a `Guess` that is kept from step to step; without it, a step of several micro-batches begins by a probe.
+        counts: (K,) tokens of the step's groups on all ranks, as known before it.
 
     ValueError, with the parameters unchanged, where the loss or the gradient is not finite or not the objective's.
     """
@@ -316,13 +361,17 @@ def update(model, optimizer, batches: list[Batch], cfg, method: Method, done: in
     if cfg.scope == "micro_batch":
         nats, tokens, unweighted, loss = micro_batch_step(model, batches, objective, label, reduce, groups, weigh)
     else:
-        nats, tokens, unweighted = step(model, batches, objective, label, reduce, groups, constant, weigh)
+        several, guess = len(batches) > 1 and not constant, guess or Guess()
+        first = guess.make(objective, counts) if several else None
+        nats, tokens, unweighted = step(model, batches, objective, label, reduce, groups, constant, weigh, first)
         loss = objective(nats, tokens)
+        if several:
+            guess.learn(objective, nats, tokens)
     norm = finish_gradients(model, cfg.clip, ranks)
     lr = lr_at(done, total_steps, cfg.lr, cfg.schedule, cfg.warmup_ratio)
     row = {"loss": float(loss), **report.group_means(unweighted, tokens), "lam": lam, "lr": lr, "grad_norm": norm}
-    prices = partial(price, objective, nats, tokens)
-    if fault := report.fault(row, chosen, nats, tokens, supervised, constant, prices, cfg.grouper):
+    true = partial(price, objective, nats, tokens)
+    if fault := report.fault(row, chosen, nats, tokens, supervised, constant, true, cfg.grouper):
         saved = f"Not updated, and no model written. Last checkpoint: {checkpoint.newest(cfg.out)}"
         raise everywhere(ValueError(f"step {done + 1}: {fault}. {saved}"))
     for param_group in optimizer.param_groups:
@@ -340,13 +389,18 @@ def steps_of(cfg: Config, corpus: Corpus) -> tuple[int, int]:
     return min(cfg.epochs * per_epoch, cfg.max_steps or sys.maxsize), per_epoch
 
 
-def loop(cfg: Config, method: Method, model, corpus: Corpus, prior, ranks: Ranks) -> bool:
-    """Run the remaining steps; return False if a SIGTERM stopped them."""
-    total_steps, per_epoch = steps_of(cfg, corpus)
+def loop(cfg: Config, method: Method, model, corpus: Corpus, prior, groups, ranks: Ranks) -> bool:
+    """Run the remaining steps; return False if a SIGTERM stopped them.
+
+    `groups` is (tokens,): each token's group, or where the method has a label to ask, groups that are as large.
+    """
+    (objective, label, K), (total_steps, per_epoch) = method, steps_of(cfg, corpus)
+    mask, guess, known = corpus.loss_mask, Guess(), groups if label is None else None
+    size = np.bincount((corpus.doc_ids * K + groups)[mask], minlength=len(corpus) * K).reshape(-1, K)  # of each sample
     matrices, norms = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim == 1]
     sets = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(sets, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
-    begun = checkpoint.resume(Path(cfg.out), model, optimizer, method[0], ranks)
+    begun = checkpoint.resume(Path(cfg.out), model, optimizer, objective, ranks)
     print(f"run     {cfg.out}, on {ranks}" + (f", after step {begun}" if begun else ""))
     log = open(f"{cfg.out}/metrics.jsonl" if ranks.rank == 0 else os.devnull, "a", encoding="utf-8")
     bar = tqdm(total=total_steps, initial=begun, unit="step", disable=None, dynamic_ncols=True)
@@ -356,11 +410,12 @@ def loop(cfg: Config, method: Method, model, corpus: Corpus, prior, ranks: Ranks
             if at == 0 or done == begun:
                 order = data.epoch_order(len(corpus), cfg.batch_size, cfg.seed, epoch, cfg.drop_last)
             began = time.perf_counter()
-            batches = data.micro_batches(corpus, prior, order[at], cfg.micro_batch_tokens, ranks.rank, ranks.size)
-            batches = [batch.to(ranks.device) for batch in batches]
+            which = corpus, prior, order[at], cfg.micro_batch_tokens, ranks.rank, ranks.size, known
+            batches = [batch.to(ranks.device) for batch in data.micro_batches(*which)]
+            counts = torch.from_numpy(size[order[at]].sum(0)).double().to(ranks.device)  # (K,)
             row = {"step": done + 1, "epoch": epoch}
-            row |= update(model, optimizer, batches, cfg, method, done, total_steps, ranks)
-            row |= report.speed(int((corpus.lengths[order[at]] - 1).sum()), time.perf_counter() - began, ranks.device)
+            row |= update(model, optimizer, batches, cfg, method, done, total_steps, ranks, guess, counts)
+            row |= report.speed(int((corpus.lengths[order[at]] - 1).sum()), began, ranks.device)
             log.write(json.dumps(row) + "\n")
             log.flush()
             bar.set_postfix_str(report.brief(row, cfg.grouper))
@@ -370,13 +425,15 @@ def loop(cfg: Config, method: Method, model, corpus: Corpus, prior, ranks: Ranks
                 bar.write(f"step {done + 1}/{total_steps} | {report.line(row, cfg.grouper)}", file=sys.stdout)
             stop = asked_to_stop()
             if cfg.checkpoint_every and (stop or last or (done + 1) % cfg.checkpoint_every == 0):
-                checkpoint.save(Path(cfg.out), done + 1, model, optimizer, method[0], cfg.keep, ranks)
+                checkpoint.save(Path(cfg.out), done + 1, model, optimizer, objective, cfg.keep, ranks)
             if stop and not last:
                 saved = (
                     f"resume with --out {cfg.out}" if cfg.checkpoint_every else "nothing saved (--checkpoint-every 0)"
                 )
                 print(f"stopped by SIGTERM after step {done + 1} of {total_steps}; {saved}", flush=True)
                 return False
+    if guess.steps:
+        print("prices  " + ", ".join(f"{what} in {n} steps" for what, n in sorted(guess.steps.items())))
     return True
 
 
@@ -425,10 +482,13 @@ def train(cfg: Config, objective=None, grouper=None) -> Path | None:
             if prior is None:
                 prior = scores.with_model(cfg, grouper, corpus, Path(cfg.cache or out / "cache"), ranks)
             groups = max(ranks.together(lambda: scores.how_many(grouper, prior, corpus.loss_mask, cfg.eta)))
-            method = objective, groupers.labeller(grouper, cfg.eta), groups
+            waits = getattr(grouper, "in_step", False)  # for losses; until then by chance, groups as large as it makes
+            guide = np.random.default_rng(cfg.seed).random(len(corpus.ids)) if waits else prior
+            group = report.groups_of_corpus(None, cfg.eta, corpus, guide)
+            method = objective, groupers.labeller(grouper, cfg.eta) if waits else None, groups
             model, saved_as = ranks.each(lambda: build(cfg, folder, ranks)), DTYPES[cfg.save_dtype or cfg.dtype]
             checkpoint.finite(model, saved_as, ranks, f"{cfg.model}: as loaded,", "nothing trained. Choose a wider")
-            if not loop(cfg, method, model, corpus, prior, ranks):
+            if not loop(cfg, method, model, corpus, prior, group, ranks):
                 raise SystemExit(143)  # 128 + SIGTERM: not finished, for whoever starts it again
             checkpoint.export(model, tokenizer, corpus.template, saved_as, out, ranks)
             if ranks.rank == 0:

@@ -5,6 +5,7 @@ import math
 import resource
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -108,11 +109,14 @@ def brief(row: dict, grouper: object = "") -> str:
     return f"loss {row['loss']:.3f}, {listed(means, ', ')}"
 
 
-def speed(tokens: int, seconds: float, device: torch.device) -> dict:
+def speed(tokens: int, began: float, device: torch.device) -> dict:
+    """Of a step that read so many tokens; `began` is what `time.perf_counter` said."""
     if device.type == "cuda":
+        torch.cuda.synchronize(device)  # AdamW may still be at work
         peak = torch.cuda.max_memory_allocated(device)
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    seconds = time.perf_counter() - began
     return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "peak_memory_bytes": peak}
 
 
