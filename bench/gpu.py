@@ -37,7 +37,6 @@ import numpy as np
 import torch
 
 import data
-import groupers
 import train
 from bench import lengths
 from bench.roofline import SHAPES, folder_of
@@ -137,7 +136,8 @@ class Bench:
             cfg = train.Config(model="-", data="-", micro_batch_tokens=most, **how, **flags)
             objective, grouper = named(cfg.objective, "--objective"), named(cfg.grouper, "--grouper")
             prior = scores.without_model(grouper, corpus, 0)
-            train.loop(cfg, (objective, groupers.labeller(grouper, cfg.eta), 2), model, corpus, prior, self.ranks)
+            groups = report.groups_of_corpus(None, cfg.eta, corpus, prior)
+            train.loop(cfg, (objective, None, 2), model, corpus, prior, groups, self.ranks)
             return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()][warm:]
 
     def rate(self, model: Llama, name: str, rows: list[dict]) -> tuple[float, float]:
@@ -282,7 +282,9 @@ def padded(corpus: data.Corpus, samples: np.ndarray, device) -> dict:
         sample = torch.from_numpy(corpus.ids[span].astype(np.int64))
         ids[row, : len(sample)], there[row, : len(sample)] = sample, 1
         labels[row, : len(sample)] = torch.where(torch.from_numpy(corpus.loss_mask[span]), sample, -100)
-    return {name: x.to(device) for name, x in (("input_ids", ids), ("labels", labels), ("attention_mask", there.long()))}
+    return {
+        name: x.to(device) for name, x in (("input_ids", ids), ("labels", labels), ("attention_mask", there.long()))
+    }
 
 
 def peer_step(bench: Bench, peer, optimizer, corpus: data.Corpus, samples: np.ndarray, rows: int) -> float:
@@ -305,7 +307,9 @@ def peer_step(bench: Bench, peer, optimizer, corpus: data.Corpus, samples: np.nd
 def decoding(bench: Bench) -> Iterator[Row]:
     model = bench.model("3b", torch.bfloat16)
     rng, times, size = np.random.default_rng(0), [], (4, 64, 8) if bench.tiny else (64, 500, 512)
-    prompts = [rng.integers(model.cfg.vocab_size, size=n).tolist() for n in rng.integers(size[1] // 5, size[1], size[0])]
+    prompts = [
+        rng.integers(model.cfg.vocab_size, size=n).tolist() for n in rng.integers(size[1] // 5, size[1], size[0])
+    ]
     generate(model, prompts[:2], 4)
     generate(model, prompts, size[2], ended=lambda new: times.append((len(new), time.perf_counter())))
     first = [t for (n, t), (before, _) in zip(times[1:], times) if n != before]  # of each token but the first

@@ -5,7 +5,8 @@
 
 train.py's own step runs on tensors that have a shape and no memory (bench/fake_gpu.py). An operation takes the longer
 of its FLOPs over the GPU's matmul rate and its bytes over the memory's; a view takes nothing. Layers are alike: two
-depths are recorded, the others follow. fsdp's collectives overlap with the rest, so the longer of the two counts.
+depths are recorded, the others follow. fsdp's collectives overlap with the rest, so the longer of the two counts. The
+objective is plain cross-entropy; SFT-GO does the same operations wherever its prices are guessed right.
 
 It is a floor. Starting kernels, waits, and what a kernel wastes are not in it; attention counts at the matmul rate.
 """
@@ -22,16 +23,16 @@ from unittest.mock import patch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import flop_registry
 
 import data
-import groupers
 import train
 from bench import lengths
 from model import Llama
 from published.files import read_json, write_json
-from support import report, scores
+from support import report
 from support.named import named
 
 LLAMA3 = dict(vocab_size=128_256, num_key_value_heads=8, head_dim=128, max_position_embeddings=131_072)
@@ -92,19 +93,23 @@ def record(shape: str, name: str, layers: int, ranks: int, recompute: bool, most
             model = train.build(cfg, folder_of(Path(folder), shape, num_hidden_layers=layers), place)
             corpus = lengths.corpus(name, model.cfg.vocab_size)
             samples = data.epoch_order(len(corpus), BATCH[name], 0, 0)[0]
-            objective, grouper = named("sft_go", "--objective"), named("tfidf", "--grouper")
-            prior = scores.without_model(grouper, corpus, 0)
-            batches = data.micro_batches(corpus, prior, samples, most, 0, ranks)
-            method = objective, groupers.labeller(grouper, (0.9,)), 2
+            prior = np.zeros(len(corpus.ids), np.int64)
+            batches = data.micro_batches(corpus, prior, samples, most, 0, ranks, prior)
             optimizer = torch.optim.AdamW(model.parameters(), fused=True)
             for done in range(2):
                 gpu.ops.clear()
-                train.update(model, optimizer, [batch.to(gpu.device) for batch in batches], cfg, method, done, 9, place)
+                batch, method = (
+                    [batch.to(gpu.device) for batch in batches],
+                    (named("cross_entropy", "--objective"), None, 2),
+                )
+                train.update(model, optimizer, batch, cfg, method, done, 9, place)
     rows = [batch.layout.lengths for batch in batches]
     squares = {sum(row): sum(n * n for n in row) for row in rows}
     supervised = sum(int(batch.loss_mask.sum()) for batch in batches)
     shapes = {tuple(p.shape) for p in model.parameters() if p.ndim == 2}
-    return list(gpu.ops), SimpleNamespace(squares=squares, supervised=supervised, shapes=shapes, cfg=model.cfg, rows=rows)
+    return list(gpu.ops), SimpleNamespace(
+        squares=squares, supervised=supervised, shapes=shapes, cfg=model.cfg, rows=rows
+    )
 
 
 @cache
