@@ -13,6 +13,7 @@ traceback goes to gpu.log. Times are medians, taken after the GPU has finished, 
 
 import argparse
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -39,7 +40,6 @@ import torch
 import data
 import train
 from bench import lengths
-from bench.roofline import SHAPES, folder_of
 from eval.score import log_likelihoods
 from model import Llama
 from published.files import write_json
@@ -49,7 +49,7 @@ from support.named import named
 from support.ranks import Ranks, first_line
 
 GO, CE = {"grouper": "tfidf"}, {"grouper": "none", "lam_max": 0.0}
-RECIPES = {"lima": {"batch_size": 64}, "alpaca": {"batch_size": 32}}
+RATE = "matmul, 8192 x 8192 x 8192"
 
 
 @dataclass
@@ -69,24 +69,20 @@ class Bench:
     """What the parts measure on; `known` holds the values so far, by Row.what."""
 
     tiny: bool
+    prices: str = ""  # how train.py's last loop knew them
     known: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def ranks(self) -> Ranks:
         return Ranks()
 
-    @cached_property
-    def memory(self) -> int:
-        """Bytes of the GPU."""
-        return torch.cuda.get_device_properties(0).total_memory if self.gpu else 0
-
     @property
     def gpu(self) -> bool:
         return self.ranks.device.type == "cuda"
 
-    def wait(self) -> None:
-        if self.gpu:
-            torch.cuda.synchronize()
+    @property
+    def memory(self) -> int:
+        return torch.cuda.get_device_properties(0).total_memory if self.gpu else 0
 
     def seconds(self, work: Callable, repeat: int = 7) -> float:
         """The median of some runs, after one that does not count."""
@@ -99,10 +95,14 @@ class Bench:
             times.append(time.perf_counter() - began)
         return statistics.median(times[1:])
 
-    def model(self, shape: str, dtype=torch.float32, **flags) -> Llama:
-        """Random weights, drawn on the device, as train.py builds a model."""
+    def wait(self) -> None:
+        if self.gpu:
+            torch.cuda.synchronize()
 
-        def fill(model: Llama, folder, device, seed, part=None) -> Llama:
+    def model(self, shape: str, dtype=torch.float32, **flags) -> Llama:
+        """As train.py builds it, with random weights that are drawn on the device."""
+
+        def fill(model: Llama, folder, device, *_) -> Llama:
             model.to(dtype).to_empty(device=device).tie()
             torch.manual_seed(0)
             for p in model.parameters():
@@ -111,121 +111,116 @@ class Bench:
 
         with tempfile.TemporaryDirectory() as folder, patch.object(Llama, "fill", fill), torch.no_grad():
             cfg = train.Config(model=folder, data="-", **flags)
-            return train.build(cfg, folder_of(Path(folder), "tiny" if self.tiny else shape), self.ranks)
+            return train.build(cfg, lengths.folder_of(Path(folder), "tiny" if self.tiny else shape), self.ranks)
 
     def corpus(self, name: str, model: Llama) -> data.Corpus:
         return lengths.corpus(name, model.cfg.vocab_size, 64 if self.tiny else 4096)
 
-    def limit(self, model: Llama, recompute: bool = False) -> int:
-        """The most tokens of a micro-batch whose plan leaves a twentieth of the GPU free."""
+    def planned(self, model: Llama, tokens: int) -> int:
+        """Bytes that the plan gives a step of such micro-batches."""
         parameters = sum(p.numel() for p in model.parameters())
-        for tokens in (8192, 4096, 2048) if self.gpu else ():
-            planned = sum(report.memory_needed(model.cfg, parameters, tokens, 2, 1, recompute).values())
-            if planned < 0.95 * self.memory:
-                return tokens
-        return 256 if self.tiny else 2048
+        return sum(report.memory_needed(model.cfg, parameters, tokens, 2, 1, model.recompute).values())
 
-    def train(self, model: Llama, name: str, steps: int, most: int, warm: int = 3, **flags) -> list[dict]:
+    def limit(self, model: Llama) -> int:
+        """The most tokens of a micro-batch whose plan leaves a twentieth of the GPU free."""
+        fits = [tokens for tokens in (8192, 4096) if self.planned(model, tokens) < 0.95 * self.memory]
+        return 256 if self.tiny else [*fits, 2048][0]
+
+    def train(self, model: Llama, name: str, steps: int, warm: int = 3, **flags) -> list[dict]:
         """The lines of metrics.jsonl of some steps of train.py's own loop, after some that warm up."""
-        steps, corpus = (1 if self.tiny else steps) + warm, self.corpus(name, model)
+        corpus, most = self.corpus(name, model), self.limit(model)
         if self.gpu:
             torch.cuda.reset_peak_memory_stats()
         with tempfile.TemporaryDirectory() as out:
-            how = {"max_steps": steps, "checkpoint_every": 0, "context": min(4096, most), "out": out}
-            how |= {"batch_size": 8} if self.tiny else RECIPES[name]
+            how = {"batch_size": 8 if self.tiny else lengths.BATCH[name], "out": out, "checkpoint_every": 0, "lr": 1e-4}
+            how |= {"max_steps": warm + (1 if self.tiny else steps), "context": min(4096, most)}
             cfg = train.Config(model="-", data="-", micro_batch_tokens=most, **how, **flags)
             objective, grouper = named(cfg.objective, "--objective"), named(cfg.grouper, "--grouper")
             prior = scores.without_model(grouper, corpus, 0)
             groups = report.groups_of_corpus(None, cfg.eta, corpus, prior)
-            train.loop(cfg, (objective, None, 2), model, corpus, prior, groups, self.ranks)
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                train.loop(cfg, (objective, None, 2), model, corpus, prior, groups, self.ranks)
+            self.prices = "; ".join(line for line in said.getvalue().splitlines() if line.startswith("prices"))
             return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()][warm:]
 
-    def rate(self, model: Llama, name: str, rows: list[dict]) -> tuple[float, float]:
-        """Tokens per second, and how many FLOP/s of them are the formula's: no recomputation, causal attention."""
-        n = self.corpus(name, model).lengths - 1
-        speeds, flops = [], []
-        for row in rows:
-            supervised = row["important_tokens"] + row["unimportant_tokens"]
-            squares = row["tokens"] * float((n**2).sum() / n.sum())
-            flops.append(3 * report.forward_flops(model.cfg, row["tokens"], supervised, squares) / row["seconds"])
-            speeds.append(row["tokens_per_second"])
-        return statistics.median(speeds), statistics.median(flops)
 
-    def step(self, label: str, model: Llama, name: str, most: int, goal="", steps=8, **flags) -> Iterator[Row]:
-        """The rows of one way to train; `known` gets the seconds of a token."""
-        rows = self.train(model, name, steps, most, **flags)
-        speed, flops = self.rate(model, name, rows)
-        self.known[label] = speed
-        yield Row(label, speed, "tokens/s", note=f"micro-batches of {most:,} tokens")
-        if peak := self.known.get("matmul, 8192 x 8192 x 8192"):
-            yield Row(f"{label}: useful work", 100 * flops / peak / 1e12, "% of the matmul rate", goal)
-        if self.gpu:
-            parameters = sum(p.numel() for p in model.parameters())
-            planned = report.memory_needed(model.cfg, parameters, most, 2, 1, model.recompute)
-            note = f"the plan says {sum(planned.values()) / 1e9:.1f} GB"
-            yield Row(f"{label}: peak memory", rows[-1]["peak_memory_bytes"] / 1e9, "GB", "90-105 % of the plan", note)
-
-
-# The parts, most important first.
+# The parts, the most important first.
 
 
 def checks(bench: Bench) -> Iterator[Row]:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PARTS["checks"].limit - 5)
-    count = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", ran.stdout[-500:])}
-    failed = [line for line in ran.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    note = " ".join(failed)[:300] or ", ".join(f"{n} {word}" for word, n in count.items()) or ran.stderr[-200:]
-    yield Row("tests marked gpu that pass", count.get("passed", 0), "tests", "all", note)
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PARTS["checks"][1] - 5)
+    lines = ran.stdout.splitlines() or ran.stderr.splitlines()
+    passed, failed = re.search(r"(\d+) passed", lines[-1]), [x for x in lines if x.startswith(("FAILED", "ERROR"))]
+    yield Row("tests marked gpu", int(passed[1]) if passed else 0, "passed", "all", "; ".join([lines[-1], *failed]))
 
 
 def ceilings(bench: Bench) -> Iterator[Row]:
+    where = torch.cuda.get_device_name() if bench.gpu else "cpu"
+    yield Row("device", bench.memory / 1e9, "GB", note=f"{where}, torch {torch.__version__}")
     device, small = bench.ranks.device, 64 if bench.tiny else 1
-    rows = {"matmul, 8192 x 8192 x 8192": (8192, 8192, 8192)}
-    rows |= {"matmul, 8192 rows of 3B's feed-forward": (8192, 3072, 8192), "its q and o": (8192, 3072, 3072)}
-    rows |= {"its k and v": (8192, 3072, 1024), "its head, 4096 rows": (4096, 3072, 128256)}
-    for name, shape in rows.items():
+    rows = {RATE: (8192, 8192, 8192), "matmul, 8192 rows of 3B's feed-forward": (8192, 3072, 8192)}
+    rows |= {"matmul, its q and o": (8192, 3072, 3072), "matmul, its k and v": (8192, 3072, 1024)}
+    for name, shape in (rows | {"matmul, 4096 rows of its head": (4096, 3072, 128_256)}).items():
         m, k, n = (x // small for x in shape)
-        a, b = (torch.randn(s, device=device, dtype=torch.bfloat16) for s in ((m, k), (k, n)))
-        yield Row(name, 2 * m * k * n / bench.seconds(lambda a=a, b=b: a @ b) / 1e12, "TFLOP/s")
-    x = torch.empty(2**32 // small**2, dtype=torch.uint8, device=device)
-    y = torch.empty_like(x)
+        a, b, y = (torch.randn(s, device=device, dtype=torch.bfloat16) for s in ((m, k), (k, n), (m, n)))
+        each = bench.seconds(lambda a=a, b=b, y=y: [torch.mm(a, b, out=y) for _ in range(20)]) / 20  # as hot as a step
+        yield Row(name, 2 * m * k * n / each / 1e12, "TFLOP/s")
+    x, y = (torch.zeros(2**32 // small**2, dtype=torch.uint8, device=device) for _ in range(2))
     yield Row("copy, read and write", 2 * x.nbytes / bench.seconds(lambda: y.copy_(x)) / 1e12, "TB/s")
 
 
+def step(bench: Bench, label: str, model: Llama, name: str, goal: str = "", steps: int = 8, **flags) -> Iterator[Row]:
+    """What some steps of training take; useful work is the formula's FLOPs, without what is computed again."""
+    n, most = bench.corpus(name, model).lengths - 1, bench.limit(model)
+    device = torch.cuda.get_device_name() if bench.gpu else ""
+    gpu, parameters = next((g for g in report.GPUS if g in device), "H100"), sum(p.numel() for p in model.parameters())
+    speeds, shares, rows = [], [], bench.train(model, name, steps, **flags)
+    for row in rows:
+        tokens, supervised = row["tokens"], row["important_tokens"] + row["unimportant_tokens"]
+        work = tokens, supervised, tokens * float((n**2).sum() / n.sum())
+        useful = 3 * report.forward_flops(model.cfg, *work) / row["seconds"]
+        shares.append(100 * useful / 1e12 / bench.known.get(RATE, 700))
+        speeds.append(row["tokens_per_second"])
+    floor = report.seconds_needed(model.cfg, parameters, work, -(-tokens // most), 1, model.recompute, gpu)
+    bench.known[label] = statistics.median(speeds)
+    by = f"micro-batches of {most:,} tokens; {tokens / floor:,.0f} by arithmetic for {gpu}; {bench.prices}"
+    yield Row(label, bench.known[label], "tokens/s", note=by)
+    yield Row(f"{label}: useful work", statistics.median(shares), "% of the matmul rate", goal)
+    peak, plan = rows[-1]["peak_memory_bytes"] / 1e9, bench.planned(model, most) / 1e9
+    yield Row(
+        f"{label}: peak memory over the plan's", peak / plan, "times", "0.90-1.05", f"{peak:.1f} of {plan:.1f} GB"
+    )
+
+
 def lima(bench: Bench) -> Iterator[Row]:
-    model = bench.model("3b")
-    most = bench.limit(model)
-    yield from bench.step("3B LIMA, SFT-GO", model, "lima", most, "55", **GO)
-    yield from bench.step("3B LIMA, cross-entropy", model, "lima", most, "55", **CE)
-    ratio = bench.known["3B LIMA, cross-entropy"] / bench.known["3B LIMA, SFT-GO"]
-    yield Row("3B LIMA: time of SFT-GO over cross-entropy", ratio, "times", "1.03")
+    model, go, ce = bench.model("3b"), "3B LIMA, SFT-GO", "3B LIMA, cross-entropy"
+    yield from step(bench, go, model, "lima", "55", **GO)
+    yield from step(bench, ce, model, "lima", "55", **CE)
+    yield Row("3B LIMA: time of SFT-GO over cross-entropy", bench.known[ce] / bench.known[go], "times", "1.03")
 
 
 def compiled(bench: Bench) -> Iterator[Row]:
     model = bench.model("3b", compile=True)
-    yield from bench.step(
-        "3B LIMA, SFT-GO, --compile", model, "lima", bench.limit(model), "62, stretch 68", compile=True, **GO
-    )
+    yield from step(bench, "3B LIMA, SFT-GO, --compile", model, "lima", "62, stretch 68", compile=True, **GO)
 
 
 def alpaca(bench: Bench) -> Iterator[Row]:
-    model = bench.model("3b")
-    yield from bench.step("3B Alpaca, SFT-GO", model, "alpaca", bench.limit(model), **GO)
+    yield from step(bench, "3B Alpaca, SFT-GO", bench.model("3b"), "alpaca", **GO)
 
 
 def one_copy(bench: Bench) -> Iterator[Row]:
     """Without the bf16 copy of the weights that a step of several micro-batches makes where it fits."""
     with patch.object(Llama, "cast_once", lambda self: contextlib.nullcontext()):
-        model = bench.model("3b")
-        yield from bench.step("3B LIMA, SFT-GO, weights cast anew", model, "lima", bench.limit(model), **GO)
+        yield from step(bench, "3B LIMA, SFT-GO, weights cast at each use", bench.model("3b"), "lima", **GO)
 
 
 def large(bench: Bench) -> Iterator[Row]:
     if bench.gpu and bench.memory < 140e9:
-        yield Row("8B LIMA, recomputed", note="needs a card of 140 GB")
+        yield Row("8B LIMA, SFT-GO, recomputed", note="needs a card of 140 GB")
         return
     model = bench.model("8b", checkpoint_activations=True)
-    yield from bench.step("8B LIMA, SFT-GO, recomputed", model, "lima", bench.limit(model, True), steps=4, **GO)
+    yield from step(bench, "8B LIMA, SFT-GO, recomputed", model, "lima", steps=4, **GO)
 
 
 PEERS = [(8, False), (4, False), (2, False), (8, True), (4, True), (2, True), (1, True)]  # rows at once, recomputed
@@ -236,42 +231,47 @@ def transformers(bench: Bench) -> Iterator[Row]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     ours, device = bench.model("3b"), bench.ranks.device
-    corpus = bench.corpus("lima", ours)
-    settings = {name: x for name, x in ours.cfg.raw.items() if name != "torch_dtype"}
+    corpus, settings = bench.corpus("lima", ours), LlamaConfig(**ours.cfg.raw | {"torch_dtype": None})
     with torch.device(device):
-        peer = LlamaForCausalLM._from_config(LlamaConfig(**settings), attn_implementation="sdpa", dtype=torch.float32)
+        peer = LlamaForCausalLM._from_config(settings, attn_implementation="sdpa", dtype=torch.float32)
     peer.load_state_dict(ours.state_dict())
     peer.train()
-    size = 8 if bench.tiny else RECIPES["lima"]["batch_size"]
-    order = data.epoch_order(len(corpus), size, 0, 0)[:5]
-    theirs = padded(corpus, np.sort(order[0])[:1], device)
+    order = data.epoch_order(len(corpus), 8 if bench.tiny else lengths.BATCH["lima"], 0, 0)[:5]
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-        batch = data.pack(corpus, np.zeros(len(corpus.ids)), np.sort(order[0])[:1]).to(device)
-        difference = float(abs(peer(**theirs).loss - batch.nll(ours).sum() / batch.loss_mask.sum()))
-    yield Row("transformers: difference of the loss of a sample", difference, "nats", "0.01")
+        batch = data.pack(corpus, np.zeros(len(corpus.ids)), order[0][:1]).to(device)
+        expected = batch.nll(ours).sum() / batch.loss_mask.sum()
+        difference = float(abs(peer(**padded(corpus, order[0][:1], device)).loss - expected))
+    yield Row("transformers: its loss of a sample less ours", difference, "nats", "0.01")
     del ours, batch
     optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-5, fused=True)
     for p in peer.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()  # its moments are there before the first attempt
     for grouped, goal in ((False, "3"), (True, "1.3")):
-        steps = [np.array(sorted(o, key=lambda i: corpus.lengths[i])) if grouped else o for o in order]
-        for rows, recompute in PEERS:
-            if recompute != peer.is_gradient_checkpointing:
-                peer.gradient_checkpointing_enable() if recompute else peer.gradient_checkpointing_disable()
-            try:
-                times = [peer_step(bench, peer, optimizer, corpus, samples, rows) for samples in steps]
-                break
-            except torch.OutOfMemoryError:
-                optimizer.zero_grad()
-                torch.cuda.empty_cache()
+        steps = [o[np.argsort(corpus.lengths[o])] if grouped else o for o in order]
+        label = f"transformers, 3B LIMA, {'grouped by length' if grouped else 'padded'}"
+        tried = ((rows, again, peer_steps(bench, peer, optimizer, corpus, steps, rows, again)) for rows, again in PEERS)
+        rows, again, times = next((found for found in tried if found[2]), (0, False, []))
+        if not times:
+            yield Row(label, note="out of memory")
+            continue
         tokens = [int((corpus.lengths[samples] - 1).sum()) for samples in steps]
-        speed = statistics.median(n / s for n, s in list(zip(tokens, times))[1:])
-        label = f"transformers, 3B LIMA, {'rows grouped by length' if grouped else 'padded'}"
-        yield Row(label, speed, "tokens/s", note=f"{rows} rows at once" + ", recomputed" * recompute)
+        speed = statistics.median([n / s for n, s in zip(tokens, times)][1:])
+        yield Row(label, speed, "tokens/s", note=f"{rows} rows at once" + ", recomputed" * again)
         for name in ("3B LIMA, cross-entropy", "3B LIMA, SFT-GO, --compile"):
             if name in bench.known:
                 yield Row(f"{name} over {label}", bench.known[name] / speed, "times", goal)
+
+
+def peer_steps(bench: Bench, peer, optimizer, corpus, steps: list, rows: int, again: bool) -> list[float]:
+    """Seconds of each step, with `again` recomputed; [] where memory is too small."""
+    peer.gradient_checkpointing_enable() if again else peer.gradient_checkpointing_disable()
+    try:
+        return [peer_step(bench, peer, optimizer, corpus, samples, rows) for samples in steps]
+    except torch.OutOfMemoryError:
+        optimizer.zero_grad()
+    torch.cuda.empty_cache()  # only here has the fault let go of its tensors
+    return []
 
 
 def padded(corpus: data.Corpus, samples: np.ndarray, device) -> dict:
@@ -344,10 +344,9 @@ GROUPS = {  # kinds of kernels, by what their names have in them; the first that
 def profile(bench: Bench) -> Iterator[Row]:
     """Where a step's time goes: kernels of three steps, by their names."""
     model = bench.model("3b")
-    most = bench.limit(model)
-    bench.train(model, "lima", 1, most, **GO)
+    bench.train(model, "lima", 1, **GO)
     with torch.profiler.profile(acc_events=True) as seen:
-        seconds = sum(row["seconds"] for row in bench.train(model, "lima", 3, most, 0, **GO))
+        seconds = sum(row["seconds"] for row in bench.train(model, "lima", 3, 0, **GO))
     found, slowest = dict.fromkeys([*GROUPS, "other"], 0.0), {}
     for event in seen.key_averages():
         micros = event.self_device_time_total if bench.gpu else event.self_cpu_time_total
@@ -362,97 +361,97 @@ def profile(bench: Bench) -> Iterator[Row]:
         yield Row(f"3B LIMA, SFT-GO: time in {kind}", 100 * micros / whole, "%", note=note)
 
 
-@dataclass(frozen=True)
-class Part:
-    run: Callable[[Bench], Iterator[Row]]
-    seconds: int  # at least this much must be left to begin it
-    limit: int  # it is ended after so many
-
-
-PARTS = {
-    "checks": Part(checks, 20, 90),
-    "ceilings": Part(ceilings, 10, 40),
-    "lima": Part(lima, 30, 90),
-    "compiled": Part(compiled, 40, 100),
-    "transformers": Part(transformers, 40, 100),
-    "decoding": Part(decoding, 15, 50),
-    "suite": Part(suite, 20, 60),
-    "profile": Part(profile, 20, 60),
-    "one copy": Part(one_copy, 20, 50),
-    "alpaca": Part(alpaca, 15, 40),
-    "8b": Part(large, 40, 90),
+PARTS = {  # name: what it runs, the seconds after which it is ended; with a third of them left it still begins
+    "checks": (checks, 90),
+    "ceilings": (ceilings, 30),
+    "lima": (lima, 90),
+    "compiled": (compiled, 100),
+    "transformers": (transformers, 100),
+    "decoding": (decoding, 45),
+    "suite": (suite, 60),
+    "profile": (profile, 60),
+    "one copy": (one_copy, 50),
+    "alpaca": (alpaca, 40),
+    "8b": (large, 90),
 }
 
 
 def work(name: str, bench: Bench, out: Path, pipe) -> None:
     """One part, in a process of its own."""
-    log = open(out / "gpu.log", "a", encoding="utf-8")  # noqa: SIM115, until the process ends
-    with contextlib.redirect_stdout(log):
+    with open(out / "gpu.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         try:
-            if name == "ceilings":
-                where = torch.cuda.get_device_name() if bench.gpu else "cpu, tiny shapes: no measurement"
-                pipe.send(Row("device", note=f"{where}, torch {torch.__version__}"))
-            for row in PARTS[name].run(bench):
-                pipe.send(replace(row, part=name))
+            for row in PARTS[name][0](bench):
+                pipe.send(row)
         except Exception as e:
             traceback.print_exc(file=log)
-            pipe.send(Row(name, note=f"{type(e).__name__}: {first_line(e)}", part=name))
+            pipe.send(Row(name, note=f"{type(e).__name__}: {first_line(e)}"))
 
 
 def measured(name: str, bench: Bench, out: Path, left: float) -> Iterator[Row]:
-    """The rows of a part, as they come."""
-    if left < PARTS[name].seconds:
-        yield Row(name, note="no time left", part=name)
+    """The rows of a part, as they come; at most `left` seconds."""
+    if left < PARTS[name][1] / 3:
+        yield Row(name, note="no time left")
         return
-    spawn = multiprocessing.get_context("fork")  # torch is imported once; here CUDA is never begun
-    (receiver, sender), end = spawn.Pipe(duplex=False), time.monotonic() + min(left, PARTS[name].limit)
-    process = spawn.Process(target=work, args=(name, bench, out, sender))
+    fork = multiprocessing.get_context("fork")  # torch is imported once; CUDA begins in the part's process
+    (receiver, sender), end = fork.Pipe(duplex=False), time.monotonic() + min(left, PARTS[name][1])
+    process = fork.Process(target=work, args=(name, bench, out, sender))
     process.start()
     sender.close()
     try:
         while receiver.poll(max(0, end - time.monotonic())):
             yield receiver.recv()
-        yield Row(name, note="stopped: its time was over", part=name)
+        yield Row(name, note="stopped: its time was over")
     except EOFError:
         process.join()
         if process.exitcode:
-            yield Row(name, note=f"its process ended with {process.exitcode}", part=name)
+            yield Row(name, note=f"its process ended with {process.exitcode}")
     finally:
         process.kill()
         process.join()
 
 
-def table(rows: list[Row], tiny: bool) -> str:
-    head = "# One GPU\n\n`python bench/gpu.py` writes this page.\n\n"
-    lines = ["| part | what | measured | goal | |", "|---|---|---|---|---|"]
-    for row in rows:
-        value = "not measured" if row.value is None or tiny else f"{row.value:,.4g} {row.unit}"
+def table(rows: list[Row]) -> str:
+    lines = ["# One GPU", "", "Written by `python bench/gpu.py`.", "", "| part | what | measured | goal | |"]
+    for row in [Row("---", part="---", goal="---", note="---"), *rows]:
+        value = "not measured" if row.value is None else f"{row.value:,.4g} {row.unit}"
+        value = "---" if row.what == "---" else value
         lines.append(f"| {row.part} | {row.what} | {value} | {row.goal} | {row.note.replace('|', '/')} |")
-    return head + "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n"
+
+
+def run(names: list[str], tiny: bool, minutes: float, out: Path) -> None:
+    rows, bench, end = [], Bench(tiny), time.monotonic() + 60 * minutes
+    for name in names:
+        began = time.monotonic()
+        for row in measured(name, bench, out, end - began):
+            bench.known |= {row.what: row.value} if row.value is not None else {}
+            if tiny and row.value is not None:
+                row = replace(row, value=None, note="ran on tiny shapes")
+            rows.append(replace(row, part=name))
+            write_json(out / "gpu.json", [asdict(row) for row in rows])
+            (out / "gpu.md.part").write_text(table(rows), encoding="utf-8")
+            (out / "gpu.md.part").replace(out / "gpu.md")
+            print(f"{name:<14}{row.what:<68}{row.value or 0:>11,.4g} {row.unit}  {row.note}", flush=True)
+        print(f"{name:<14}{time.monotonic() - began:.0f} s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes: shows that the parts work, measures nothing")
-    parser.add_argument("--minutes", type=float, default=9, help="in all (default: 9)")
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the tables (default: bench)")
+    flag = parser.add_argument
+    flag("--tiny", action="store_true", help="tiny shapes: shows that the parts work, and measures nothing")
+    flag("--minutes", type=float, default=9, metavar="X", help="in all (default: 9)")
+    flag("--parts", default=",".join(PARTS), metavar="NAMES", help=f"some of {', '.join(PARTS)} (default: all)")
+    flag("--out", type=Path, default=Path(__file__).parent, metavar="FOLDER", help="of the tables (default: bench)")
     args = parser.parse_args()
-    names, end = args.parts.split(","), time.monotonic() + 60 * args.minutes
+    names = args.parts.split(",")
     if unknown := [name for name in names if name not in PARTS]:
         sys.exit(f"error: --parts {unknown[0]}: expected some of {', '.join(PARTS)}")
     if not args.out.is_dir():
         sys.exit(f"error: --out {args.out}: no such folder; create it first")
-    rows, bench = [], Bench(args.tiny)
-    for name in names:
-        began = time.monotonic()
-        for row in measured(name, bench, args.out, end - began):
-            rows.append(row)
-            bench.known |= {row.what: row.value} if row.value is not None else {}
-            write_json(args.out / "gpu.json", [asdict(row) for row in rows])
-            (args.out / "gpu.md").write_text(table(rows, args.tiny), encoding="utf-8")
-            print(f"{row.part:<14}{row.what:<60}{row.value or 0:>12,.4g} {row.unit} {row.note}", flush=True)
-        print(f"{name:<14}{time.monotonic() - began:.0f} s", flush=True)
+    try:
+        run(names, args.tiny, args.minutes, args.out)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long the documents of LIMA, Alpaca and the benchmarks are, for timings on a machine that has none of them.
+"""Inputs of timings, for a machine that has none: shapes of Llamas, lengths of documents and of benchmarks' requests.
 
     python bench/lengths.py          write bench/lengths.json anew, some minutes; reads SFTGO_SHARED (../shared)
 
@@ -7,7 +7,8 @@ same text in somewhat fewer. Documents of the file are [tokens, supervised token
 of Alpaca drawn with seed 0. A task of the suite is a sixteenth of its questions, by the header that they share: [tokens
 of the header, [[tokens of the question, [tokens of each choice]], …]]; `read` is what the scorer reads for all of them.
 
-`corpus` and `pairs` make random tokens of these lengths.
+`corpus` and `pairs` make random tokens of these lengths; a corpus's are as unequal as words are: the rare ones are the
+important ones and the worse ones, as in text.
 """
 
 import json
@@ -28,12 +29,27 @@ from data import END, PROMPT, RESPONSE, Corpus, load_corpus
 from eval.benchmarks import BENCHMARKS
 from eval.score import Encoder
 from eval.sharing import Pair, families, pack, packed
-from published.files import write_json
+from published.files import read_json, write_json
 from published.tokenizer import Tokenizer
 
 WINDOW, ROW = 131_072, 65_536  # positions of Llama 3.2, tokens of the scorer's row on a GPU
+LLAMA3 = dict(vocab_size=128_256, num_key_value_heads=8, head_dim=128, max_position_embeddings=131_072)
+SHAPES = {  # Llama-3.2-3B, Llama-3.1-8B, and one to try programs with: what each changes of demo/base's config.json
+    "3b": LLAMA3 | dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24),
+    "8b": LLAMA3 | dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32),
+    "tiny": dict(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8),
+}
+SHAPES["8b"]["tie_word_embeddings"] = False
+SHAPES["tiny"] |= {"bos_token_id": 0, "eos_token_id": 1}
+BATCH = {"lima": 64, "alpaca": 32}  # samples of a step, as in the paper's recipes
 DATA = {"lima": "lima/train.jsonl.gz", "alpaca": "alpaca/alpaca_data.json.gz"}
 SUITE = ("mmlu", "mmlu_5shot", "mathqa", "arc_challenge", "openbookqa", "hellaswag", "truthfulqa_mc")
+
+
+def folder_of(folder: Path, shape: str, **changes) -> Path:
+    """Write a config.json of this shape there."""
+    write_json(folder / "config.json", read_json(ROOT / "demo" / "base" / "config.json") | SHAPES[shape] | changes)
+    return folder
 
 
 def lengths() -> dict:
@@ -47,7 +63,7 @@ def corpus(name: str, vocabulary: int, longest: int = 4096) -> Corpus:
     kind = np.concatenate([np.repeat([PROMPT, RESPONSE], [n - m, m]) for n, m in zip(size, answer)]).astype(np.uint8)
     starts = np.cumsum([0, *size])
     kind[starts[1:] - 1] = END
-    ids = np.random.default_rng(0).integers(vocabulary, size=len(kind), dtype=np.int32)
+    ids = (vocabulary ** np.random.default_rng(0).random(len(kind))).astype(np.int32)  # Zipf's law
     return Corpus(ids, kind, starts, template="plain", counts={"rows": len(size), "kept": len(size)})
 
 

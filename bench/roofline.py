@@ -14,7 +14,6 @@ It is a floor. Starting kernels, waits, and what a kernel wastes are not in it; 
 import argparse
 import sys
 import tempfile
-from collections import Counter
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,28 +30,12 @@ import data
 import train
 from bench import lengths
 from model import Llama
-from published.files import read_json, write_json
 from support import report
 from support.named import named
 
-LLAMA3 = dict(vocab_size=128_256, num_key_value_heads=8, head_dim=128, max_position_embeddings=131_072)
-SHAPES = {  # Llama-3.2-3B, Llama-3.1-8B, and one to try programs with: what each changes of demo/base's config.json
-    "3b": LLAMA3 | dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24),
-    "8b": LLAMA3 | dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32),
-    "tiny": dict(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8),
-}
-SHAPES["8b"]["tie_word_embeddings"] = False
-SHAPES["tiny"] |= {"bos_token_id": 0, "eos_token_id": 1}
-BATCH = {"lima": 64, "alpaca": 32}  # samples of a step, as in the paper's recipes
 KINDS = "matmul", "attention", "norms, rotary, elementwise", "loss", "casts, gradients", "optimizer", "collectives"
 FREE = "empty", "new_empty", "_unsafe_view"  # beside views
 SPARSE = "embedding", "gather", "scatter_add_"  # which touch few places of a large tensor
-
-
-def folder_of(folder: Path, shape: str, **changes) -> Path:
-    """Write a config.json of this shape there."""
-    write_json(folder / "config.json", read_json(ROOT / "demo" / "base" / "config.json") | SHAPES[shape] | changes)
-    return folder
 
 
 def one_kernel(gpu, name: str):
@@ -90,9 +73,9 @@ def record(shape: str, name: str, layers: int, ranks: int, recompute: bool, most
             place = SimpleNamespace(rank=0, size=ranks, device=gpu.device, reducer=lambda: lambda t: t)
             how = {"shard": "fsdp" if ranks > 1 else None, "checkpoint_activations": recompute}
             cfg = train.Config(model=folder, data="-", micro_batch_tokens=most, context=min(4096, most), **how)
-            model = train.build(cfg, folder_of(Path(folder), shape, num_hidden_layers=layers), place)
+            model = train.build(cfg, lengths.folder_of(Path(folder), shape, num_hidden_layers=layers), place)
             corpus = lengths.corpus(name, model.cfg.vocab_size)
-            samples = data.epoch_order(len(corpus), BATCH[name], 0, 0)[0]
+            samples = data.epoch_order(len(corpus), lengths.BATCH[name], 0, 0)[0]
             prior = np.zeros(len(corpus.ids), np.int64)
             batches = data.micro_batches(corpus, prior, samples, most, 0, ranks, prior)
             optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -157,7 +140,7 @@ def seconds(op, kind: str, step: SimpleNamespace, ranks: int, gpu: str) -> float
 
 def roofline(shape: str, name="lima", ranks=1, recompute=False, most=8192, gpu="H100") -> tuple[dict, float]:
     """Seconds of a rank's step by kind, and the share that its formula's FLOPs would take at the matmul rate."""
-    found, layers = {}, SHAPES[shape]["num_hidden_layers"]
+    found, layers = {}, lengths.SHAPES[shape]["num_hidden_layers"]
     for depth in (1, 2):
         ops, step = record(shape, name, depth, ranks, recompute, most)
         found[depth] = dict.fromkeys(KINDS, 0.0)
@@ -180,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     flag = parser.add_argument
     flag("--model", choices=("3b", "8b"), default="3b", help="shape (default: 3b)")
-    flag("--data", choices=(*BATCH,), default="lima", help="lengths of the documents (default: lima)")
+    flag("--data", choices=(*lengths.BATCH,), default="lima", help="lengths of the documents (default: lima)")
     flag("--ranks", type=int, default=1, help="GPUs, under fsdp (default: 1)")
     flag("--gpu", choices=(*report.GPUS,), default="H100", help="(default: H100)")
     flag("--micro-batch-tokens", type=int, default=8192, metavar="N", help="as train.py's (default: 8192)")
