@@ -228,6 +228,7 @@ class Llama(nn.Module):
         super().__init__()
         self.cfg, self.compute_dtype = cfg, compute_dtype
         self.recompute = False  # activation checkpointing: keep each block's input, recompute the block in backward
+        self.room_to_cast = False  # there is memory for what `cast_once` makes
         self.model = Backbone(cfg)
         self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size)
         self.tie()
@@ -249,13 +250,15 @@ class Llama(nn.Module):
 
     @contextmanager
     def cast_once(self) -> Iterator[None]:
-        """Inside, the blocks' matrices are cast to the compute dtype once, not at each use; it takes a copy of them."""
-        matrices = [module for module in self.model.modules() if isinstance(module, Linear)]
+        """Inside, and where there is room, each matrix of a block is cast to the compute dtype once, not at each use."""
+        matrices = [module for module in self.model.modules() if isinstance(module, Linear) and self.room_to_cast]
         for matrix in matrices:
             matrix.cast = matrix.weight.detach().to(self.compute_dtype)
-        yield
-        for matrix in matrices:
-            matrix.cast = None
+        try:
+            yield
+        finally:
+            for matrix in matrices:
+                matrix.cast = None
 
     @classmethod
     def from_pretrained(

@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -110,6 +111,9 @@ class Config:
     dtype: str = opt("bfloat16", "compute type; parameters, gradients and AdamW stay float32", choices=COMPUTE_DTYPES)
 
     shard: str | None = opt(None, "over several ranks: fsdp splits the model (default), ddp copies it", choices=SHARDS)
+    compile: bool = opt(
+        False, "compile the blocks by torch.compile, once for all row lengths: it takes minutes, then pays"
+    )
     checkpoint_activations: bool = opt(False, "keep only each block's input; recompute the block in backward")
     checkpoint_every: int = opt(50, "steps between checkpoints, also at the end and on SIGTERM; 0: none", NOT_NEGATIVE)
     keep: int = opt(2, "checkpoints to keep, the newest", POSITIVE)
@@ -297,6 +301,9 @@ def build(cfg: Config, folder: Path, ranks: Ranks) -> Llama:
     """The model with its weights. Under fsdp a rank builds and reads its own rows of every parameter, and no more."""
     with torch.device("meta"):
         model = Llama(LlamaConfig(**read_config(folder)), DTYPES[cfg.dtype])
+    if cfg.compile:
+        for block in model.model.layers:
+            block.compile(dynamic=True)
     if ranks.size > 1 and cfg.shard == "fsdp":
         mesh = dist.init_device_mesh(ranks.device.type, (ranks.size,))
         cast = MixedPrecisionPolicy(DTYPES[cfg.dtype], torch.float32, cast_forward_inputs=False)
@@ -358,15 +365,16 @@ def update(
         return chosen(nats.clone(), tokens.double().clone(), lam)  # copies: see `sums`
 
     supervised = reduce(torch.stack([batch.loss_mask.sum() for batch in batches]).sum())
-    if cfg.scope == "micro_batch":
-        nats, tokens, unweighted, loss = micro_batch_step(model, batches, objective, label, reduce, groups, weigh)
-    else:
-        several, guess = len(batches) > 1 and not constant, guess or Guess()
-        first = guess.make(objective, counts) if several else None
-        nats, tokens, unweighted = step(model, batches, objective, label, reduce, groups, constant, weigh, first)
-        loss = objective(nats, tokens)
-        if several:
-            guess.learn(objective, nats, tokens)
+    several, guess = len(batches) > 1, guess or Guess()
+    with model.cast_once() if several else nullcontext():
+        if cfg.scope == "micro_batch":
+            nats, tokens, unweighted, loss = micro_batch_step(model, batches, objective, label, reduce, groups, weigh)
+        else:
+            first = guess.make(objective, counts) if several and not constant else None
+            nats, tokens, unweighted = step(model, batches, objective, label, reduce, groups, constant, weigh, first)
+            loss = objective(nats, tokens)
+            if several and not constant:
+                guess.learn(objective, nats, tokens)
     norm = finish_gradients(model, cfg.clip, ranks)
     lr = lr_at(done, total_steps, cfg.lr, cfg.schedule, cfg.warmup_ratio)
     row = {"loss": float(loss), **report.group_means(unweighted, tokens), "lam": lam, "lr": lr, "grad_norm": norm}

@@ -39,7 +39,8 @@ from support.ranks import INTERRUPTS, Ranks, everywhere, first_line
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process may save too
 
-NOT_TRAINING = {*"digests recipe fresh out cache dry_run shard checkpoint_activations checkpoint_every keep".split()}
+NOT_TRAINING = "digests recipe fresh out cache dry_run shard compile checkpoint_activations checkpoint_every keep"
+NOT_TRAINING = {*NOT_TRAINING.split()}
 FAULTS = (dcp.CheckpointException, OSError)  # the first one is a BaseException
 CHECKSUMS, OWN_STATE = "crc32.json", "objective.pt"
 

@@ -307,6 +307,79 @@ def test_several_micro_batches_get_a_look_first_unless_the_price_is_constant(mod
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("case", OBJECTIVES)
+def test_a_guessed_price_right_or_wrong_changes_no_bit_of_the_gradient(model_and_corpus, case):
+    (model, corpus), (chosen, lam, etas), calls = model_and_corpus, OBJECTIVES[case], []
+    prior, label = prior_of("tfidf", corpus), groupers.labeller(groupers.tfidf, etas)
+    how = {"groups": len(etas) + 1, "weigh": getattr(chosen, "weigh", None)}
+    objective = lambda nats, tokens: chosen(nats, tokens, lam)
+    sums = train.step(model, cut(corpus, prior, 3), objective, label, **how)
+    probed, right = gradient(model), train.price(objective, *sums[:2])
+    model.register_forward_hook(lambda *a: calls.append(torch.is_grad_enabled()))
+    for guess, forwards in (right, 3), (right.nextafter(right + 1), 6), (right.flip(0) + 0.1, 6), (right * math.nan, 6):
+        found = train.step(model, cut(corpus, prior, 3), objective, label, guess=guess, **how)
+        assert all(map(torch.equal, found, sums)) and torch.equal(gradient(model), probed)
+        assert calls == [True] * forwards
+        calls.clear()
+
+
+@pytest.mark.fast
+def test_prices_are_guessed_while_at_most_a_third_of_the_last_guesses_was_wrong():
+    def steps(objective, means, counts):
+        guess = train.Guess()
+        for mean, count in zip(means, counts, strict=True):
+            tokens = torch.tensor(count, dtype=torch.float64)
+            guess.make(objective, tokens)
+            guess.learn(objective, torch.tensor(mean, dtype=torch.float64) * tokens, tokens)
+        return dict(guess.steps)
+
+    hard, lam_1 = partial(sft_go, lam=0.9), [[2.0, 3.0], [2.5, 2.6], [1.9, 1.2], [1.8, 1.1]]
+    counts = [[10, 3], [20, 4], [5, 1], [7, 0]]
+    assert steps(hard, lam_1, counts) == {"probed": 2, "guessed right": 1, "guessed wrong": 1}
+    assert steps(partial(cross_entropy, lam=0), lam_1, counts) == {"probed": 1, "guessed right": 3}
+    falling = [[2.0 - i / 100, 1.0] for i in range(40)]
+    assert steps(partial(soft, lam=1.0), falling, [[10, 3]] * 40) == {"probed": 39, "guessed wrong": 1}, (
+        "smooth: always wrong"
+    )
+    changing = [[2.0, 1.0], [1.0, 2.0]] * 10
+    assert steps(hard, changing, [[10, 3]] * 20) == {"probed": 19, "guessed wrong": 1}, "as often wrong as it is tried"
+    seldom = [[2.0, 1.0] if i % 5 else [1.0, 2.0] for i in range(50)]  # 2 of 5 wrong
+    assert steps(hard, seldom, [[10, 3]] * 50)["probed"] > 30
+    once = [[2.0, 1.0]] * 9 + [[1.0, 2.0]] + [[2.0, 1.0]] * 40
+    assert steps(hard, once, [[10, 3]] * 50) == {"probed": 1, "guessed right": 47, "guessed wrong": 2}
+
+
+@pytest.mark.fast
+def test_a_group_that_was_empty_is_guessed_by_its_last_mean():
+    guess, hard = train.Guess(), partial(sft_go, lam=1.0)
+    for nats, tokens in ([4.0, 9.0], [2.0, 3.0]), ([4.0, 0.0], [2.0, 0.0]):
+        guess.learn(hard, torch.tensor(nats), torch.tensor(tokens))
+    assert guess.make(hard, torch.tensor([4.0, 2.0])).tolist() == [0.0, 0.5]
+
+
+@pytest.mark.parametrize("grouper", ["tfidf", "loss", "rho1"])
+def test_a_run_with_guessed_prices_is_to_the_bit_the_run_that_probes(
+    folder, rows, tmp_path, grouper, monkeypatch, capsys
+):
+    flags = f"--grouper {grouper} --eta 0.6 --micro-batch-tokens 128 --epochs 4" + f" --reference {folder}" * (
+        grouper == "rho1"
+    )
+    flags += " --objective important_only" * (grouper == "rho1")
+    guessed = run(folder, rows, "--out", tmp_path / "guessed", flags)
+    said = dict(re.findall(r"(probed|guessed \w+) in (\d+) steps", capsys.readouterr().out))
+    assert sum(map(int, said.values())) == 12 and (
+        "guessed wrong" in said if grouper == "tfidf" else int(said["guessed right"]) >= 8
+    )
+    monkeypatch.setattr(train.Guess, "make", lambda *_: None)
+    probing = run(folder, rows, "--out", tmp_path / "probed", flags)
+    assert "prices  probed in 12 steps" in capsys.readouterr().out
+    for name in ("loss", "grad_norm", "important", "unimportant_tokens"):
+        assert column(metrics(guessed), name) == column(metrics(probing), name)
+    weights = [load_file(out / "model/model.safetensors") for out in (guessed, probing)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_a_token_keeps_the_group_of_the_first_look(model_and_corpus, pieces):
     model, corpus = model_and_corpus
