@@ -189,7 +189,8 @@ def seconds_needed(
     flops = (3 + recompute) * forward_flops(cfg, positions, supervised, squares)
     flops += cfg.num_hidden_layers * q * squares + 2 * head * (1 - recompute)
     forward, backward = (20 * D + 12 * (q + kv) + 10 * ff, 42 * D + 12 * (q + kv) + 18 * ff)
-    moved = cfg.num_hidden_layers * positions * ((1 + recompute) * forward + backward) + 40 * cfg.vocab_size * supervised
+    moved = cfg.num_hidden_layers * positions * ((1 + recompute) * forward + backward)
+    moved += 40 * cfg.vocab_size * supervised
     moved += parameters * (40 / ranks + 18 * micro_batches + 12 * (micro_batches if ranks > 1 else 1) - 12)
     sent = 8 * parameters * micro_batches * (ranks - 1) / ranks
     return max(flops / rate + moved / memory, sent / link)
@@ -261,7 +262,9 @@ def plan(
         "model": f"{cfg.model}: {parameters / 1e6:,.1f}M parameters{fresh}, computed in {cfg.dtype}",
         "memory": f"about {sum(memory.values()) / 1e9:.2g} GB of tensors{' on each rank' * (ranks > 1)}: "
         + ", ".join(f"{what} {n / 1e9:.2g}" for what, n in memory.items()),
-        "time": expected(cfg, llama, parameters, corpus, steps, ranks) if cfg.dry_run or torch.cuda.is_available() else "",
+        "time": expected(cfg, llama, parameters, corpus, steps, ranks)
+        if cfg.dry_run or torch.cuda.is_available()
+        else "",
         "saves": f"checkpoints: {size if cfg.checkpoint_every else 'none'}",
         "resume": stuck if unknown else "",
     }
