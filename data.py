@@ -324,9 +324,7 @@ def epoch_order(samples: int, batch_size: int, seed: int, epoch: int, drop_last:
     return np.split(order, range(batch_size, samples, batch_size))[: samples // batch_size if drop_last else None]
 
 
-def micro_batches(
-    corpus: Corpus, prior, samples: np.ndarray, max_tokens: int, rank=0, ranks=1, groups=None
-) -> list[Batch]:
+def micro_batches(corpus: Corpus, prior, samples, max_tokens: int, rank=0, ranks=1, groups=None) -> list[Batch]:
     """One rank's part of a step: its samples in packed rows of at most `max_tokens` positions.
 
     All ranks get the same number of rows and about the same number of tokens. `prior` is (tokens,), as `corpus.ids`; so
@@ -365,7 +363,7 @@ def blank(corpus: Corpus, prior: np.ndarray) -> Batch:
     """A row without supervised tokens: every rank must run equally many forward passes, or collectives would hang."""
     shortest = pack(corpus, prior, corpus.lengths.argmin(keepdims=True))
     nothing = torch.zeros_like(shortest.loss_mask)
-    return replace(shortest, loss_mask=nothing, group=nothing)  # a group: no grouper and no weights are asked
+    return replace(shortest, loss_mask=nothing, group=nothing, weight=nothing)  # no grouper and no weights are asked
 
 
 def ragged(begin: np.ndarray, length: np.ndarray) -> np.ndarray:

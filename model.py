@@ -101,31 +101,25 @@ class Packed:
         return torch.cat(attended, dim=2)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of (B, heads, T, hd): pair (x_i, x_{i + hd/2}) turns by angle i of its position."""
-    return _Rotate.apply(x, cos, sin)
+class Rotate(torch.autograd.Function):
+    """Rotary embedding of (B, heads, T, hd): pair (x_i, x_{i + hd/2}) turns by angle i of its position.
 
-
-class _Rotate(torch.autograd.Function):
-    """A gradient turns back by the same angles. Each way makes half of the passes over memory that autograd would."""
+    Its gradient turns back. By hand, because autograd would make twice as many passes over memory.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _Rotate.turn(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _Rotate.turn(grad, cos, -sin), None, None
-
-    @staticmethod
-    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         y = x * torch.cat((cos, cos), -1)  # (B, heads, T, hd)
         (a, b), (turned_a, turned_b) = x.chunk(2, -1), y.chunk(2, -1)
         turned_a.addcmul_(b, sin, value=-1)  # a cos - b sin
         turned_b.addcmul_(a, sin)  # b cos + a sin
         return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return Rotate.apply(grad, cos, -sin), None, None
 
 
 class _CastLinear(torch.autograd.Function):
@@ -181,7 +175,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, hd)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, hd)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, hd)
-        y = layout.attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, H, T, hd)
+        y = layout.attend(Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin), v)  # (B, H, T, hd)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
 
@@ -250,15 +244,13 @@ class Llama(nn.Module):
 
     @contextmanager
     def cast_once(self) -> Iterator[None]:
-        """Inside, and where there is room, each matrix of a block is cast to the compute dtype once, not at each use."""
+        """Inside, and where there is room, a block's matrices are cast to the compute dtype once, not at each use."""
         matrices = [module for module in self.model.modules() if isinstance(module, Linear) and self.room_to_cast]
         for matrix in matrices:
             matrix.cast = matrix.weight.detach().to(self.compute_dtype)
-        try:
-            yield
-        finally:
-            for matrix in matrices:
-                matrix.cast = None
+        yield
+        for matrix in matrices:
+            matrix.cast = None
 
     @classmethod
     def from_pretrained(

@@ -76,6 +76,16 @@ sft_go.constant_price = lambda lam: lam == 0
 OBJECTIVES = {f.__name__: f for f in (sft_go, cross_entropy, important_only)}
 
 
+def price(objective, nats: Tensor, tokens: Tensor) -> Tensor:
+    """∂ loss / ∂ nats, (K,) float64: the weight of each group's summed loss in the step's gradient."""
+    nats = nats.detach().double().requires_grad_()
+    loss = objective(nats, tokens)
+    prices = torch.autograd.grad(loss, nats, allow_unused=True)[0]
+    if prices is None:
+        raise ValueError("the objective's loss carries no gradient of nats: nothing would be trained")
+    return prices
+
+
 def lam_at(step: int, total_steps: int, lam_max: float, lam_min: float) -> float:
     """λ after `step` finished steps, 0 ... total_steps - 1; constant if lam_max == lam_min (Eq. 5)."""
     if not 0 <= lam_min <= lam_max <= 1:
@@ -104,14 +114,14 @@ def token_nll(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, chunk: in
         hidden:         (N, D) float, the model's last hidden states.
         lm_head_weight: (V, D) float, cast to hidden's dtype at use.
         targets:        (N,) int64.
-        chunk:          rows of logits in memory at once; None: 4,096 on a GPU, what a cache holds on a CPU.
+        chunk:          rows of logits in memory at once; None: 4,096 on a GPU, 512 on a CPU.
 
     Returns (N,) float32 nats. Forward saves one log-sum-exp per row; backward computes each chunk of logits again.
     """
     if hidden.ndim != 2 or targets.shape != hidden.shape[:1] or lm_head_weight.shape[1:] != hidden.shape[1:]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (hidden, lm_head_weight, targets))
         raise ValueError(f"hidden, lm_head_weight, targets are {shapes}: expected (N, D), (V, D) and (N,)")
-    chunk = chunk or (4096 if hidden.is_cuda else max(128, 2**19 // len(lm_head_weight)))
+    chunk = chunk or (4096 if hidden.is_cuda else 512)
     return _TokenNLL.apply(hidden, lm_head_weight, targets, chunk)
 
 

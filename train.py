@@ -14,7 +14,6 @@ import math
 import os
 import sys
 import time
-from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -32,23 +31,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # has no public name
 from tqdm import tqdm
 
 import data
 import groupers
 from data import TEMPLATES, Batch, Corpus
 from model import Llama, LlamaConfig
-from published import weights
 from published.config import read_config
 from published.hub import data_file, resolve
-from published.tokenizer import Tokenizer
 from published.weights import DTYPES
-from sftgo import OBJECTIVES, group_sums, lam_at
+from sftgo import OBJECTIVES, group_sums, lam_at, price
 from support import checkpoint, flags, report, scores
+from support.guess import Guess, groups_before
 from support.llmlingua2 import LLMLINGUA2
 from support.named import Named, named
-from support.ranks import Ranks, command, everywhere
+from support.ranks import Ranks, command, everywhere, own_rows
 from support.recipes import RECIPES, table
 
 Objective = Callable[[Tensor, Tensor], Tensor]  # (nats, tokens) of the groups, (K,) each -> loss, ()
@@ -182,7 +179,8 @@ def sums(model: Llama, batch: Batch, label: Label, groups: int, weigh=None) -> t
     nll = batch.nll(model)
     if batch.group is None:
         batch.group = label(nll.detach().clone(), batch)  # a copy: a user's function may change it in place
-        batch.weight = weigh(nll.detach().clone(), batch) if weigh else None
+    if batch.weight is None and weigh:
+        batch.weight = weigh(nll.detach().clone(), batch)
     nats, tokens = group_sums(nll, batch.group, batch.loss_mask, groups)
     if batch.weight is None:
         return nats, tokens, nats.detach()
@@ -190,23 +188,11 @@ def sums(model: Llama, batch: Batch, label: Label, groups: int, weigh=None) -> t
     return group_sums(weight * nll, batch.group, batch.loss_mask, groups)[0], tokens, nats.detach()
 
 
-def price(objective: Objective, nats: Tensor, tokens: Tensor) -> Tensor:
-    """∂ loss / ∂ nats, (K,) float64: the weight of each group's summed loss in the step's gradient."""
-    nats = nats.detach().double().requires_grad_()
-    loss = objective(nats, tokens)
-    prices = torch.autograd.grad(loss, nats, allow_unused=True)[0]
-    if prices is None:
-        raise ValueError("the objective's loss carries no gradient of nats: nothing would be trained")
-    return prices
-
-
 def backward(prices: Tensor, nats: Tensor) -> None:
     (prices.to(nats.dtype) * nats).sum().backward()
 
 
-def step(
-    model, batches, objective, label, reduce=lambda t: t, groups=2, constant_price=False, weigh=None, guess=None
-) -> tuple[Tensor, Tensor, Tensor]:
+def step(model, batches, objective, label, reduce=lambda t: t, groups=2, constant_price=False, weigh=None, guess=None):
     """Add this rank's part of one optimizer step's gradient to `.grad`; return the step's `sums`, (K,) each.
 
     The parameters change the loss only through nats. So the gradient is Σ_k price_k · ∇nats_k. It is exact for any
@@ -214,8 +200,6 @@ def step(
 
     Args:
         batches:        this rank's micro-batches; every rank has the same number.
-        objective:      an `Objective`.
-        label:          a `Label`; asked where a batch has no group yet.
         reduce:         sums a tensor over ranks, so every rank computes the same prices.
         constant_price: every price is 1 / (all tokens), as in plain cross-entropy: no extra forward pass.
         weigh:          (detached nll (T,), batch) -> weight of each token (T,); without it, each weighs 1.
@@ -242,32 +226,6 @@ def step(
             return found
         model.zero_grad()
         prices, sure = true, True
-
-
-class Guess:
-    """A step's prices before its first forward pass: those of the last step's means and of this step's token counts.
-
-    The prices of sft_go depend on the counts and on which group is the worst: they are seldom wrong, to the last bit. A
-    wrong guess costs a second step and a probe a third of one, so guess while at most 1/3 of the last ones were wrong.
-    """
-
-    def __init__(self):
-        self.means, self.prices, self.tried, self.wrong = None, None, False, deque(maxlen=12)
-        self.steps = Counter()  # how many were what
-
-    def make(self, objective: Objective, tokens: Tensor) -> Tensor | None:
-        """Prices (K,) for a step with this many `tokens` in each group, (K,); None: probe."""
-        self.prices = None if self.means is None else price(objective, self.means * tokens, tokens)
-        self.tried = self.prices is not None and 3 * sum(self.wrong) <= len(self.wrong)
-        return self.prices if self.tried else None
-
-    def learn(self, objective: Objective, nats: Tensor, tokens: Tensor) -> None:
-        """From the step's sums, (K,) each."""
-        right = self.prices is not None and torch.equal(self.prices, price(objective, nats, tokens))
-        if self.prices is not None:
-            self.wrong.append(not right)
-        self.means = (nats / tokens).where(tokens > 0, 0.0 if self.means is None else self.means)
-        self.steps["probed" if not self.tried else "guessed right" if right else "guessed wrong"] += 1
 
 
 def micro_batch_step(
@@ -318,19 +276,14 @@ def build(cfg: Config, folder: Path, ranks: Ranks) -> Llama:
     return model.fill(folder, ranks.device, cfg.seed if cfg.fresh else None, own_rows)
 
 
-def own_rows(p: torch.nn.Parameter) -> tuple[Tensor, slice]:
-    """Where this rank's part of a parameter is, and which rows of the parameter it holds."""
-    if not isinstance(p, DTensor):
-        return p, slice(None)
-    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    return p.to_local(), slice(offset[0], offset[0] + shape[0])
-
-
 def finish_gradients(model: Llama, largest: float, ranks: Ranks) -> float:
     """Sum gradients over ranks (fsdp has done it), clip them to norm `largest` (0: no clipping), return the norm."""
-    for p in model.parameters():
-        if ranks.size > 1 and not isinstance(p, DTensor):
-            dist.all_reduce(p.grad)
+    grads = [p.grad for p in model.parameters() if ranks.size > 1 and not isinstance(p, DTensor)]
+    if small := [grad for grad in grads if grad.ndim == 1]:  # the norms' go together
+        flat = torch.cat(small)
+        for grad in (flat, *(grad for grad in grads if grad.ndim > 1)):
+            dist.all_reduce(grad)
+        torch._foreach_copy_(small, flat.split([*map(len, small)]))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
@@ -347,15 +300,10 @@ def lr_at(step: int, total_steps: int, lr: float, schedule: str, warmup_ratio: f
     return lr * {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}[schedule]
 
 
-def update(
-    model, optimizer, batches, cfg, method: Method, done: int, total_steps: int, ranks, guess=None, counts=None
-) -> dict:
+def update(model, optimizer, batches, cfg, method, done: int, total_steps: int, ranks, guess=None, counts=None) -> dict:
     """One optimizer step, the one after `done` others; returns its part of the log.
 
-    Args:
-        guess:  a `Guess` that is kept from step to step; without it, a step of several micro-batches begins by a probe.
-        counts: (K,) tokens of the step's groups on all ranks, as known before it.
-
+    A `Guess` that is kept from step to step saves forward passes; `counts` (K,) are the tokens of this step's groups.
     ValueError, with the parameters unchanged, where the loss or the gradient is not finite or not the objective's.
     """
     lam, reduce, (chosen, label, groups) = lam_at(done, total_steps, cfg.lam_max, cfg.lam_min), ranks.reducer(), method
@@ -435,25 +383,12 @@ def loop(cfg: Config, method: Method, model, corpus: Corpus, prior, groups, rank
             if cfg.checkpoint_every and (stop or last or (done + 1) % cfg.checkpoint_every == 0):
                 checkpoint.save(Path(cfg.out), done + 1, model, optimizer, objective, cfg.keep, ranks)
             if stop and not last:
-                saved = (
-                    f"resume with --out {cfg.out}" if cfg.checkpoint_every else "nothing saved (--checkpoint-every 0)"
-                )
-                print(f"stopped by SIGTERM after step {done + 1} of {total_steps}; {saved}", flush=True)
+                how = f"resume with --out {cfg.out}" if cfg.checkpoint_every else "nothing saved (--checkpoint-every 0)"
+                print(f"stopped by SIGTERM after step {done + 1} of {total_steps}; {how}", flush=True)
                 return False
     if guess.steps:
         print("prices  " + ", ".join(f"{what} in {n} steps" for what, n in sorted(guess.steps.items())))
     return True
-
-
-def prepare(cfg: Config, folder: Path) -> tuple[LlamaConfig, Tokenizer]:
-    llama = LlamaConfig(**read_config(folder))
-    with torch.device("meta"):
-        files = weights.fitting(Llama(llama), folder, cfg.fresh)
-    if files and cfg.fresh:
-        raise ValueError(f"--fresh is for a config alone, but {cfg.model} has weights; leave one of them out")
-    tokenizer = Tokenizer(folder, llama.vocab_size)
-    scores.check(cfg, folder, llama, tokenizer)
-    return llama, tokenizer
 
 
 def train(cfg: Config, objective=None, grouper=None) -> Path | None:
@@ -473,7 +408,7 @@ def train(cfg: Config, objective=None, grouper=None) -> Path | None:
         cfg = replace(cfg, shard=shard, **{k: x for k, x in given.items() if x is not None})
         objective, grouper = named(cfg.objective, "--objective"), named(cfg.grouper, "--grouper")
         folder = ranks.each(lambda: resolve(cfg.model))
-        llama, tokenizer = ranks.each(lambda: prepare(cfg, folder))
+        llama, tokenizer = ranks.each(lambda: scores.prepare(cfg, folder))
         about = ranks.first(lambda: checkpoint.record(cfg, objective, grouper))
         if cfg.out and ranks.first(lambda: checkpoint.finished(about, Path(cfg.out))):
             print(f"{cfg.out}: this run is already finished; nothing to do")
@@ -482,7 +417,8 @@ def train(cfg: Config, objective=None, grouper=None) -> Path | None:
         corpus = ranks.each(lambda: data.load_corpus(file, tokenizer, cfg.template, cfg.context))
         prior = ranks.each(lambda: scores.without_model(grouper, corpus, cfg.seed))
         steps = steps_of(cfg, corpus)
-        ranks.each(lambda: report.plan(cfg, (objective, grouper), corpus, llama, folder, prior, steps, ranks.size))
+        about_run = cfg, (objective, grouper), corpus, llama, folder, prior, steps, ranks.size
+        room = ranks.each(lambda: report.plan(*about_run))
         if cfg.dry_run:
             return None
         with checkpoint.run_folder(cfg, about, ranks) as out:
@@ -490,11 +426,11 @@ def train(cfg: Config, objective=None, grouper=None) -> Path | None:
             if prior is None:
                 prior = scores.with_model(cfg, grouper, corpus, Path(cfg.cache or out / "cache"), ranks)
             groups = max(ranks.together(lambda: scores.how_many(grouper, prior, corpus.loss_mask, cfg.eta)))
-            waits = getattr(grouper, "in_step", False)  # for losses; until then by chance, groups as large as it makes
-            guide = np.random.default_rng(cfg.seed).random(len(corpus.ids)) if waits else prior
-            group = report.groups_of_corpus(None, cfg.eta, corpus, guide)
-            method = objective, groupers.labeller(grouper, cfg.eta) if waits else None, groups
+            group = groups_before(grouper, cfg.eta, corpus, prior, cfg.seed)
+            label = groupers.labeller(grouper, cfg.eta) if getattr(grouper, "in_step", False) else None
+            method = objective, label, groups
             model, saved_as = ranks.each(lambda: build(cfg, folder, ranks)), DTYPES[cfg.save_dtype or cfg.dtype]
+            model.room_to_cast = room
             checkpoint.finite(model, saved_as, ranks, f"{cfg.model}: as loaded,", "nothing trained. Choose a wider")
             if not loop(cfg, method, model, corpus, prior, group, ranks):
                 raise SystemExit(143)  # 128 + SIGTERM: not finished, for whoever starts it again

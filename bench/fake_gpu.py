@@ -12,12 +12,16 @@ Not seen: what a kernel does, demands and takes for itself, and its time.
 """
 
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
@@ -62,6 +66,28 @@ class Op(NamedTuple):
         return {"cpu", "cuda"} <= {t.device for t in self.inputs + self.outputs}
 
 
+@torch.library.custom_op("gpu::rms_norm", mutates_args=())
+def fused_rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernel that only a GPU has: it saves its input and a float32 number for each row."""
+    return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+@torch.library.custom_op("gpu::rms_norm_backward", mutates_args=())
+def fused_rms_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def norm_gradient(ctx, grad: Tensor, _) -> tuple[Tensor, Tensor]:
+    return fused_rms_norm_backward(grad, *ctx.saved_tensors)
+
+
+for kernel in (fused_rms_norm, fused_rms_norm_backward):
+    kernel.register_fake(kernel._init_fn)
+fused_rms_norm.register_autograd(
+    norm_gradient, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0], output[1], inputs[1])
+)
+
+
 class FakeGPU(TorchDispatchMode):
     """The GPU of the first of some `ranks`; the others are not there, and what they send is made up.
 
@@ -77,6 +103,7 @@ class FakeGPU(TorchDispatchMode):
 
     def __enter__(self):
         self.patches = ExitStack()
+        plain = F.rms_norm
         dispatch, resize = FakeTensor.__torch_dispatch__, torch.UntypedStorage.resize_
 
         def hears(cls, func, types, args=(), kwargs=None):
@@ -89,6 +116,10 @@ class FakeGPU(TorchDispatchMode):
             if storage._cdata in self.held:
                 self.hold(storage)
 
+        def rms_norm(x, shape, weight=None, eps=None):
+            fused = isinstance(x, FakeTensor) and weight is not None and weight.dtype == x.dtype
+            return fused_rms_norm(x, weight)[0] if fused else plain(x, shape, weight, eps)
+
         answers = {name: getattr(torch.cpu, name) for name in ("Stream", "Event", "stream", "current_stream")} | {
             **{"is_available": lambda: True, "is_initialized": lambda: True, "device_count": lambda: 1},
             **{"current_device": lambda: 0, "set_device": lambda device: None},
@@ -97,6 +128,7 @@ class FakeGPU(TorchDispatchMode):
             "max_memory_allocated": lambda device=None: self.peak,
             "reset_peak_memory_stats": lambda device=None: setattr(self, "peak", self.alive),
             "mem_get_info": lambda device=None: (self.memory - self.alive, self.memory),
+            "get_device_properties": lambda device=None: SimpleNamespace(name="fake", total_memory=self.memory),
             "is_current_stream_capturing": lambda: False,
         }
         for name, answer in answers.items():
@@ -109,12 +141,15 @@ class FakeGPU(TorchDispatchMode):
             (FakeTensor, "is_meta", is_meta),
             (DTensor, "device", property(lambda t: t._local_tensor.device)),
             (torch.UntypedStorage, "resize_", resized),
+            (F, "rms_norm", rms_norm),
             (_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["cuda", "meta"]),
         ):
             self.patches.enter_context(patch.object(owner, name, answer))
         for types in (OF_OPTIMIZERS, OF_NORMS):  # whose operations take many tensors at once
             types.append(FakeTensor)
             self.patches.callback(types.remove, FakeTensor)
+        self.patches.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device=cuda) begins on the CPU
         if self.ranks > 1:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=self.ranks)
             self.patches.callback(dist.destroy_process_group)
@@ -139,8 +174,7 @@ class FakeGPU(TorchDispatchMode):
             with self.fake:
                 return aten.alias(args[0])  # nothing to do: C++ did not know that it is here already
         inputs = [seen(t) for t in given]
-        values = tree_map_only(Tensor, value, (args, kwargs | {"device": CPU} if "device" in kwargs else kwargs))
-        out, waits = self.run(func, args, kwargs, values)
+        out, waits = self.run(func, args, kwargs)
         name = str(func).removesuffix(".default")
         self.ops.append(Op(name, tree_map_only(Tensor, seen, args), inputs, [seen(t) for t in tensors(out)], waits))
         made = [t for t in tensors(out) if isinstance(t, FakeTensor)]
@@ -148,10 +182,10 @@ class FakeGPU(TorchDispatchMode):
             self.hold(t.untyped_storage())
         if all(t.numel() <= SMALL for t in made):
             known = all(value(t) is not None for t in given) and "empty" not in name and func.namespace == "aten"
-            evaluate(func, values, made, known)
+            evaluate(made, partial(on_cpu, func, args, kwargs) if known else None)
         return out
 
-    def run(self, func, args, kwargs, values):
+    def run(self, func, args, kwargs):
         """What an operation returns, without its value, and whether the CPU waits for it."""
         waits = func is aten.masked_scatter_backward.default  # it counts the mask, inside
         if func in COPIES and (source := args[-1]).device.type != (to := kwargs.get("device", args[0].device)).type:
@@ -168,7 +202,7 @@ class FakeGPU(TorchDispatchMode):
             with self.fake:
                 return func(*args, **kwargs), waits
         except (DataDependentOutputException, DynamicOutputShapeException):
-            return tree_map_only(Tensor, self.here, func(*values[0], **values[1])), True
+            return tree_map_only(Tensor, self.here, on_cpu(func, args, kwargs)), True
 
     def here(self, real: Tensor) -> FakeTensor:
         with self.fake:
@@ -201,10 +235,16 @@ def value(t: Tensor) -> Tensor | None:
     return getattr(t, "value", None) if isinstance(t, FakeTensor) else t
 
 
-def evaluate(func, values, made: list[FakeTensor], known: bool) -> None:
-    """Give tensors on the GPU their values: computed on the CPU where what they come from is known, else made up."""
+def on_cpu(func, args, kwargs):
+    """An operation on the values of its tensors."""
+    args, kwargs = tree_map_only(Tensor, value, (args, kwargs | {"device": CPU} if "device" in kwargs else kwargs))
+    return func(*args, **kwargs)
+
+
+def evaluate(made: list[FakeTensor], compute: Callable | None) -> None:
+    """Give tensors on the GPU their values: computed where what they come from is known, else made up."""
     try:
-        real = tensors(func(*values[0], **values[1])) if known else None
+        real = tensors(compute()) if compute else None
     except NotImplementedError:  # an operation of GPUs alone
         real = None
     for i, t in enumerate(made):

@@ -78,6 +78,7 @@ def record(shape: str, name: str, layers: int, ranks: int, recompute: bool, most
             samples = data.epoch_order(len(corpus), lengths.BATCH[name], 0, 0)[0]
             prior = np.zeros(len(corpus.ids), np.int64)
             batches = data.micro_batches(corpus, prior, samples, most, 0, ranks, prior)
+            model.room_to_cast = ranks == 1
             optimizer = torch.optim.AdamW(model.parameters(), fused=True)
             for done in range(2):
                 gpu.ops.clear()

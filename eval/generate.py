@@ -13,7 +13,7 @@ from eval.score import ALONE, Encoder
 from model import Llama
 from published.files import read_json, write_json
 from published.tokenizer import Tokenizer
-from support.generate import generate
+from support.generate import generate, slots
 
 # Settings of generation: those that are not used without sampling and beams, and the others with their neutral values.
 UNUSED = {*"do_sample temperature top_p top_k min_p typical_p epsilon_cutoff eta_cutoff".split()}
@@ -71,7 +71,7 @@ def respond(
     batches = [order[:1]]
     for i in order[1:]:
         batch, limits = batches[-1], prompts[batches[-1][0]][1:]
-        full = (len(batch) + 1) * (len(ids[batch[0]]) + limits[0]) > cached_tokens
+        full = (len(batch) + 1) * slots(len(ids[batch[0]]) + limits[0]) > cached_tokens
         if prompts[i][1:] != limits or full or len(batch) * ranks.size >= len(prompts):
             batches.append([])
         batches[-1].append(i)
@@ -102,7 +102,10 @@ def room_for(model: Llama) -> int:
     """How many positions' keys and values one batch may hold."""
     cfg, device = model.cfg, model.lm_head.weight.device
     each = 2 * cfg.num_hidden_layers * cfg.num_key_value_heads * cfg.head_dim * model.compute_dtype.itemsize  # bytes
-    return 32_768 if device.type == "cpu" else int(0.4 * torch.cuda.mem_get_info(device)[0] / each)
+    if device.type == "cpu":
+        return 32_768
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, of what was scored
+    return int(0.4 * (torch.cuda.mem_get_info(device)[0] + kept) / each)
 
 
 def stopped(tokens: list[int], stops: tuple[str, ...], decode: Callable[[list[int]], str]) -> bool:

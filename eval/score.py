@@ -157,15 +157,16 @@ def predict(hidden: Tensor, head: Tensor, at: Tensor, targets: Tensor) -> tuple[
     Logits are always float32: in bfloat16 many would be equal.
     """
     device, float32 = hidden.device, torch.float32 in (hidden.dtype, head.dtype) or not hidden.is_cuda
-    places, which = (x.to(device) for x in at.unique(return_inverse=True))  # (P,), (N,)
-    targets = targets.to(device)
+    places, which, counts = at.unique(return_inverse=True, return_counts=True)  # (P,), (N,), (P,)
+    ends = [0, *counts.cumsum(0).tolist()]  # of each place's predictions in `order`
+    places, which, order, targets = (x.to(device) for x in (places, which, which.argsort(), targets))
     log_p, greedy = torch.empty(len(at), device=device), torch.empty(len(at), dtype=torch.bool, device=device)
     hidden, head = hidden[places], head.float() if float32 else head  # (P, D), (V, D)
     chunk = max(128, 2 ** (27 if hidden.is_cuda else 20) // len(head))
     for start in range(0, len(places), chunk):
         x = hidden[start : start + chunk]
         logits = x.float() @ head.T if float32 else torch.mm(x, head.T, out_dtype=torch.float32)  # (chunk, V)
-        mine = ((start <= which) & (which < start + chunk)).nonzero()[:, 0]  # the predictions from these places
+        mine = order[ends[start] : ends[min(start + chunk, len(places))]]  # the predictions from these places
         row, target = which[mine] - start, targets[mine]
         highest, best = logits.max(1)  # (chunk,)
         greedy[mine] = best[row] == target

@@ -208,18 +208,22 @@ class Tree:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T or P + T, H or K, hd)
         how = {"enable_gqa": True} if "enable_gqa" in signature(varlen).parameters else {}
         how["return_aux"] = AuxRequest(lse=True)
-        ends = torch.tensor(self.starts[self.first :], dtype=torch.int32, device=q.device) - self.past
-        longest = max(self.lengths[self.first :])
+        ends, longest = self.bounds, max(self.lengths[self.first :])
         y, lse = varlen(q, k[self.past :], v[self.past :], ends, ends, longest, longest, window_size=(-1, 0), **how)
         turned = len(lse) != len(q)  # torch's documentation says (T, H), FlashAttention returns (H, T)
         y, lse = y.float(), (lse.T if turned else lse).float()  # (T, H, hd), (T, H)
         for asking, asked, *bounds in self.levels:
             z, z_lse = varlen(q[asking], k[asked], v[asked], *bounds, window_size=(-1, -1), **how)
             z_lse = (z_lse.T if turned else z_lse).float()
-            both = torch.logaddexp(lse[asking], z_lse)  # (T', H)
-            y[asking] = y[asking] * (lse[asking] - both).exp()[..., None] + z.float() * (z_lse - both).exp()[..., None]
-            lse[asking] = both
+            share = (z_lse - lse[asking]).sigmoid()[..., None]  # (T', H, 1), of z in a softmax over both
+            y[asking] = y[asking].lerp(z.float(), share)
+            lse[asking] = torch.logaddexp(lse[asking], z_lse)
         return y.to(q.dtype).transpose(0, 1)[None]
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """Where the row's segments begin, and where the last ends, (segments + 1,)."""
+        return (torch.tensor(self.starts[self.first :]) - self.past).int().to(self.device)
 
     @cached_property
     def levels(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor, int, int]]:

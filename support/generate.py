@@ -11,13 +11,20 @@ from torch import Tensor
 
 from model import Llama, Packed
 
+STEP = 128  # slots; attention meets a new shape, for which a GPU's kernels are prepared anew, once in so many tokens
+
+
+def slots(tokens: int) -> int:
+    """Slots of the cache for a sequence of so many tokens."""
+    return -(-tokens // STEP) * STEP
+
 
 class Cached:
     """A layout that remembers keys and values: first all prompts as one packed row, then one new token a sequence."""
 
-    def __init__(self, lengths: list[int], slots: int, device):
+    def __init__(self, lengths: list[int], most: int, device):
         count = torch.tensor(lengths)
-        self.packed, self.slots = Packed(lengths, device), slots
+        self.packed, self.most = Packed(lengths, device), most  # tokens of the longest sequence, in the end
         self.sequence = torch.arange(len(lengths)).repeat_interleave(count).to(device)  # of each position
         self.positions, self.longest = self.packed.positions, max(lengths)
         self.layers, self.layer = [], 0  # keys and values of each layer, (B, K, S, hd)
@@ -26,6 +33,7 @@ class Cached:
         """The next forward reads one token of each sequence, at these (B,) positions."""
         self.packed, self.sequence = None, torch.arange(len(position), device=position.device)
         self.positions, self.longest, self.layer = position[:, None], self.longest + 1, 0
+        self.mask = None  # (B, 1, H / K, S), made in the first layer
 
     def keep(self, rows: Tensor) -> None:
         """Drop all other sequences."""
@@ -34,7 +42,7 @@ class Cached:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.packed is not None:
-            shape = (len(self.packed.lengths), k.shape[1], self.slots, k.shape[3])  # (B, K, S, hd)
+            shape = (len(self.packed.lengths), k.shape[1], slots(self.most), k.shape[3])  # (B, K, S, hd)
             self.layers.append([torch.zeros(shape, dtype=k.dtype, device=k.device) for _ in range(2)])
         keys, values = self.layers[self.layer]
         self.layer += 1
@@ -42,9 +50,14 @@ class Cached:
         keys[at], values[at] = k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)  # (B * T, K, hd)
         if self.packed is not None:
             return self.packed.attend(q, k, v)
-        keys, values = keys[:, :, : self.longest], values[:, :, : self.longest]  # slots that hold anything by now
-        visible = torch.arange(self.longest, device=q.device) <= self.positions[:, None, :, None]  # (B, 1, T, S)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible, enable_gqa=True)
+        B, H, _, hd = q.shape
+        K, S = k.shape[1], slots(self.longest)
+        if self.mask is None:  # in q's type and complete: cuDNN misreads another type, and need not broadcast queries
+            empty = torch.arange(S, device=q.device) > self.positions  # (B, S)
+            self.mask = q.new_zeros(B, 1, H // K, S).masked_fill_(empty[:, None, None], -torch.inf)
+        # A key head's query heads pass as H / K queries of one head: under a mask, enable_gqa may copy keys and values.
+        y = F.scaled_dot_product_attention(q.reshape(B, K, -1, hd), keys[:, :, :S], values[:, :, :S], self.mask)
+        return y.reshape(B, H, 1, hd)
 
 
 @torch.no_grad()
@@ -79,8 +92,8 @@ def generate(
         raise ValueError(f"{max(lengths)} prompt and {max_new_tokens} new tokens exceed the model's {room} positions")
     cache, generator = Cached(lengths, max(lengths) + max_new_tokens, device), torch.Generator(device).manual_seed(seed)
     position = torch.tensor(lengths)
-    row = torch.tensor([[t for prompt in prompts for t in prompt]], device=device)  # (1, T)
-    hidden = model(row, cache)[0, position.cumsum(0) - 1]  # (B, D)
+    row = torch.tensor([[t for prompt in prompts for t in prompt]]).to(device)  # (1, T)
+    hidden = model(row, cache)[0, (position.cumsum(0) - 1).to(device)]  # (B, D)
     # Rows of the cache belong to the prompts in `owner`; done sequences leave it when they are half of its rows.
     new, owner, position, stops, done = (
         [[] for _ in prompts],
@@ -104,7 +117,7 @@ def generate(
             break
         alive = [row for row, i in enumerate(owner) if i not in done]
         if 2 * len(alive) <= len(owner):
-            keep, owner = torch.tensor(alive, device=device), [owner[row] for row in alive]
+            keep, owner = torch.tensor(alive).to(device), [owner[row] for row in alive]
             token, position = token[keep], position[keep]
             cache.keep(keep)
         cache.grow(position)
@@ -114,7 +127,7 @@ def generate(
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
     """One token id for each row of (B, V) logits, -1 where they are not finite: (B,)."""
-    finite = logits.isfinite().all(1)  # (B,); told by the token, which is read anyway
+    finite = logits.sum(1).isfinite()  # (B,), in one pass; told by the token, which is read anyway
     if temperature == 0:
         return logits.argmax(1).where(finite, -1)
     p, ids = (logits.where(finite[:, None], 0.0) / temperature).softmax(1).sort(1, descending=True)  # (B, V)

@@ -11,6 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # has no public name
 
 STEP, PATIENCE = timedelta(minutes=10), timedelta(hours=12)  # a step never takes so long; preparing data may
 INTERRUPTS = []  # filled by Ctrl-C: a library may turn it into a fault of its own
@@ -110,6 +112,14 @@ class Ranks:
             yield lambda: bool(self.sum(torch.tensor(len(got), device=self.device)))
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def own_rows(p: torch.nn.Parameter) -> tuple[Tensor, slice]:
+    """Where this rank's part of a parameter is, and which rows of the parameter it holds."""
+    if not isinstance(p, DTensor):
+        return p, slice(None)
+    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return p.to_local(), slice(offset[0], offset[0] + shape[0])
 
 
 def everywhere(e: Exception) -> Exception:

@@ -124,30 +124,52 @@ def speed(tokens: int, began: float, device: torch.device) -> dict:
 
 
 def memory_needed(
-    cfg: LlamaConfig, parameters: int, positions: int, compute_bytes: int, ranks: int = 1, recompute: bool = False
+    cfg: LlamaConfig,
+    parameters: int,
+    positions: int,
+    compute_bytes: int,
+    ranks: int = 1,
+    recompute: bool = False,
+    several: bool = False,
+    cast_once: bool = False,
 ) -> dict[str, int]:
-    """Bytes on one rank for its largest micro-batch's step, by what they are for.
+    """Bytes of tensors on one GPU at the fullest moment of a step, by what they are for.
 
-    A parameter takes 16 bytes: itself, its gradient and AdamW's two moments, each float32; fsdp splits them over
-    `ranks`. A position of a layer keeps for backward: two norms' float32 input, float32 normalized row (a fused kernel
-    saves this one) and output, q, k, v, the attention's output twice, and four feed-forward rows; with `recompute` its
-    input alone, and all that of one layer at a time. The head holds one chunk of logits, its float32 copy, and its
-    weight's cast and gradient. Over several ranks come the gathered weights and gradients of the embedding, the head
-    and two layers, in the compute dtype, and the largest of these gradients in float32 on its way to its ranks.
+    All the time there are 12 bytes a parameter, float32: itself and AdamW's two moments. In backward, gradients
+    (4 bytes a parameter) come while activations go, so the fullest moment is one of four:
+    - Backward begins. A layer keeps of each position its input, its MLP's input, both normalized, q, k, v, the
+      attention's output and four feed-forward rows. The head has its gradient, its cast weight and 4,096 rows of
+      logits, once as computed and once in float32.
+    - The last layer, or the first, is at work, with half as much again for gradients of what it keeps.
+    - The embedding has two gradients: one may be of the tied head, or of the micro-batches before.
+
+    Args:
+        ranks:     fsdp's: each holds a part of parameters, gradients and moments. Embedding and head stay gathered, a
+                   block comes and goes; gradients are complete for a moment, in float32.
+        recompute: layers keep their input alone; one at a time makes the rest again.
+        several:   micro-batches add up gradients, which are there from the first on.
+        cast_once: the weights in the compute dtype are there all the time, too.
     """
-    D, ff = cfg.hidden_size, cfg.intermediate_size
+    D, ff, c = cfg.hidden_size, cfg.intermediate_size, compute_bytes
     q, kv = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
-    layer = 2 * 8 * D + compute_bytes * (2 * D + 3 * q + 2 * kv + 4 * ff)
-    layers = cfg.num_hidden_layers * compute_bytes * D + layer if recompute else cfg.num_hidden_layers * layer
-    block = D * (2 * q + 2 * kv + 3 * ff)
-    root = parameters - cfg.num_hidden_layers * block
-    needed = {
-        "weights, gradients, AdamW": 16 * parameters // ranks,
-        "activations": positions * (layers + (8 + 2 * compute_bytes) * D),
-        "logits": cfg.vocab_size * (min(1024, positions) * (4 + 2 * compute_bytes) + (4 + 2 * compute_bytes) * D),
-    }
-    gathered = {"gathered": 2 * compute_bytes * (root + 2 * block) + 4 * max(root, block)}
-    return needed | (gathered if ranks > 1 else {})
+    layer = positions * (c * (4 * D + 2 * q + 2 * kv + 4 * ff) + 4 * (cfg.num_attention_heads + 2))
+    kept = cfg.num_hidden_layers * (positions * c * D if recompute else layer)
+    block, embedding = D * (2 * q + 2 * kv + 3 * ff + 2), cfg.vocab_size * D
+    root, rows = parameters - cfg.num_hidden_layers * block, min(4096, positions)
+    logits = c * rows * cfg.vocab_size * (2 if positions > rows else 1) + max(4 * rows * cfg.vocab_size, c * embedding)
+    logits += 4 * embedding + (c * embedding if c < 4 and ranks == 1 else 0)
+    gradients = 4 * parameters // ranks
+    begun, twice = several * gradients, 4 * embedding if several or cfg.tie_word_embeddings else 0
+    gathered, passing, reduced = (c * root, (3 * c + 4) * block, 4 * root) if ranks > 1 else (0, 0, 0)
+    end = gradients - reduced // ranks if ranks > 1 else gradients + twice
+    moments = (  # gradients, activations, logits, gathered
+        (begun, kept + positions * 3 * c * D, logits, gathered),
+        (begun, kept + layer // 2 + recompute * layer, 0, gathered + passing),
+        (gradients, layer + layer // 2, 0, gathered + passing),
+        (end, 0, 0, gathered + reduced),
+    )
+    names = "weights, AdamW", "weights as computed", "gradients", "activations", "logits", "gathered"
+    return dict(zip(names, (12 * parameters // ranks, cast_once * c * parameters, *max(moments, key=sum))))
 
 
 GPUS = {  # FLOP/s of large bf16 matmuls, bytes/s of memory, bytes/s that a rank of eight gets from the others
@@ -219,8 +241,10 @@ def plan(
     prior: np.ndarray | None,
     steps: tuple[int, int],
     ranks: int,
-) -> None:
+) -> bool:
     """Say, before anything large is loaded, what will be trained on what.
+
+    Returns whether this GPU has room for `Llama.cast_once`, where that saves time.
 
     Args:
         functions: the objective and the grouper.
@@ -239,9 +263,14 @@ def plan(
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Llama(llama).parameters())
     positions = max(int(lengths[-1]), math.ceil(lengths[-cfg.batch_size :].sum() / ranks))
-    positions = min(cfg.micro_batch_tokens, positions)
-    split, recompute = ranks if cfg.shard == "fsdp" else 1, cfg.checkpoint_activations
-    memory = memory_needed(llama, parameters, positions, DTYPES[cfg.dtype].itemsize, split, recompute)
+    several, positions = positions > cfg.micro_batch_tokens, min(cfg.micro_batch_tokens, positions)
+    split, again = ranks if cfg.shard == "fsdp" else 1, cfg.checkpoint_activations
+    arguments = llama, parameters, positions, DTYPES[cfg.dtype].itemsize, split, again, several
+    memory, room = memory_needed(*arguments), False
+    if several and split == 1 and cfg.dtype != "float32" and torch.cuda.is_available():
+        more = memory_needed(*arguments, cast_once=True)
+        if room := sum(more.values()) < 0.95 * torch.cuda.get_device_properties().total_memory:
+            memory = more
     lam = f"{cfg.lam_max:g}" + f" → {cfg.lam_min:g}" * (cfg.lam_min != cfg.lam_max)
     groups = share(cfg, grouper, corpus, prior)
     method = f"{objective.name}, λ {lam}, scope {cfg.scope}; groups by {grouper.name}{groups}"
@@ -260,8 +289,8 @@ def plan(
         f"micro-batches of up to {positions:,} tokens",
         "ranks": f"{ranks}, {cfg.shard}" if ranks > 1 else "",
         "model": f"{cfg.model}: {parameters / 1e6:,.1f}M parameters{fresh}, computed in {cfg.dtype}",
-        "memory": f"about {sum(memory.values()) / 1e9:.2g} GB of tensors{' on each rank' * (ranks > 1)}: "
-        + ", ".join(f"{what} {n / 1e9:.2g}" for what, n in memory.items()),
+        "memory": f"about {sum(memory.values()) / 1e9:.2g} GB of tensors on {'each' if ranks > 1 else 'a'} GPU: "
+        + ", ".join(f"{what} {n / 1e9:.2g}" for what, n in memory.items() if n),
         "time": expected(cfg, llama, parameters, corpus, steps, ranks)
         if cfg.dry_run or torch.cuda.is_available()
         else "",
@@ -274,6 +303,7 @@ def plan(
         taken = f"{cfg.keep} checkpoints and one being written take {needed / 1e9:.3g} GB"
         cure = "choose an --out on a larger disk, a smaller --keep, or --checkpoint-every 0"
         raise ValueError(f"{cfg.out or 'runs'}: {free / 1e9:.3g} GB free, but {taken}; {cure}")
+    return room
 
 
 def share(cfg, grouper: Named, corpus: Corpus, prior: np.ndarray | None) -> str:

@@ -146,8 +146,14 @@ def corpus_nll(model: Llama, corpus: Corpus, max_tokens: int) -> np.ndarray:
     return nats
 
 
-def check(cfg, folder: Path, llama: LlamaConfig, tokenizer: Tokenizer) -> None:
-    """Refuse, before the data are read, what would only fail later."""
+def prepare(cfg, folder: Path) -> tuple[LlamaConfig, Tokenizer]:
+    """The model's configuration and tokenizer; refuses, before the data are read, what would only fail later."""
+    llama = LlamaConfig(**read_config(folder))
+    with torch.device("meta"):
+        files = weights.fitting(Llama(llama), folder, cfg.fresh)
+    if files and cfg.fresh:
+        raise ValueError(f"--fresh is for a config alone, but {cfg.model} has weights; leave one of them out")
+    tokenizer = Tokenizer(folder, llama.vocab_size)
     if cfg.context > llama.max_position_embeddings:
         room = f"{llama.max_position_embeddings} positions (max_position_embeddings)"
         raise ValueError(f"--context {cfg.context}: {cfg.model} has {room}")
@@ -158,6 +164,7 @@ def check(cfg, folder: Path, llama: LlamaConfig, tokenizer: Tokenizer) -> None:
     if cfg.grouper == "llmlingua2":
         need_transformers()
         resolve(cfg.llmlingua_model)
+    return llama, tokenizer
 
 
 def how_to_reference(argv: list[str]) -> str:

@@ -9,12 +9,14 @@ import zlib
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlparse
 
 import pytest
 from benchmarks import DATA, hub_rows, needs_data
 from stories260k import SHARED
 
+from eval import download
 from eval.benchmarks import BENCHMARKS
 
 ROOT = Path(__file__).parents[1]
@@ -98,22 +100,41 @@ def hub():
     server.shutdown()
 
 
-def fetch(endpoint: str, cwd: Path, *flags: str) -> subprocess.CompletedProcess:
-    env = os.environ | {
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(cwd / "hf"),
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
-    env |= {"HF_HUB_DISABLE_XET": "1", "NLTK_DATA": str(SHARED / "nltk_data")}
-    env.pop("HF_HUB_OFFLINE", None)
-    command = [sys.executable, "-m", "eval.download", *flags]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
+@pytest.fixture
+def fetch(monkeypatch, capsys):
+    """fetch(endpoint, cwd, *flags): what `python -m eval.download *flags` does there, called in this process."""
+    import huggingface_hub
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("logging.raiseExceptions", False)  # the client may log to an earlier test's stderr
+    client = huggingface_hub.snapshot_download
+
+    def called(endpoint: str, cwd: Path, *flags: str) -> SimpleNamespace:
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", partial(client, endpoint=endpoint))
+        monkeypatch.chdir(cwd)
+        capsys.readouterr()
+        said = ""
+        try:
+            download.main([*flags])
+        except SystemExit as e:
+            said = e.code
+        printed, errors = capsys.readouterr()
+        return SimpleNamespace(returncode=int(bool(said)), stdout=printed, stderr=f"{errors}{said}")
+
+    return called
+
+
+def command(endpoint: str, cwd: Path) -> subprocess.CompletedProcess:
+    env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(cwd / "hf"), "PYTHONPATH": str(ROOT)}
+    env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    return subprocess.run(
+        [sys.executable, "-m", "eval.download"], cwd=cwd, env=env, capture_output=True, text=True, timeout=900
+    )
 
 
 @needs_data
-def test_every_benchmark_is_fetched_counted_and_read_like_the_released_files(hub, tmp_path):
-    done = fetch(hub, tmp_path)
+def test_every_benchmark_is_fetched_counted_and_read_like_the_released_files(hub, tmp_path, fetch):
+    done = command(hub, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "mmlu           14,042 rows fetched: benchmarks/mmlu/all/test-00000-of-00001.parquet" in done.stdout
     assert len(done.stdout.split("\n")) == 10
@@ -121,13 +142,13 @@ def test_every_benchmark_is_fetched_counted_and_read_like_the_released_files(hub
     for name in ("mmlu", "mmlu_5shot", "mathqa", "arc_challenge", "openbookqa", "truthfulqa_mc", "hellaswag"):
         assert BENCHMARKS[name].load(tmp_path / "benchmarks") == BENCHMARKS[name].load(DATA), name
     asked = len(Hub.asked)
-    again = fetch(hub, tmp_path)
+    again = fetch(hub, tmp_path)  # and from here on within this process
     assert again.returncode == 0 and again.stdout == done.stdout.replace("fetched", "already here")
     assert len(Hub.asked) == asked, "what is here is not fetched again"
 
 
 @needs_data
-def test_prompts_that_are_answered_in_words_are_read_alike_too(hub, tmp_path):
+def test_prompts_that_are_answered_in_words_are_read_alike_too(hub, tmp_path, fetch):
     pytest.importorskip(
         "lm_eval", reason="IFEval's checks are the lm-evaluation-harness's: pip install -e \".[harness]\""
     )
@@ -140,7 +161,7 @@ def test_prompts_that_are_answered_in_words_are_read_alike_too(hub, tmp_path):
 
 
 @needs_data
-def test_a_copy_cut_short_is_refused_and_the_others_are_fetched(hub, tmp_path):
+def test_a_copy_cut_short_is_refused_and_the_others_are_fetched(hub, tmp_path, fetch):
     whole = Hub.files["allenai/openbookqa"]
     try:
         Hub.files["allenai/openbookqa"] = {file: content(file, hub_rows()["openbookqa"][:400]) for file in whole}
@@ -153,7 +174,7 @@ def test_a_copy_cut_short_is_refused_and_the_others_are_fetched(hub, tmp_path):
     assert "arc_challenge   1,172 rows fetched" in done.stdout
 
 
-def test_without_network_one_message_says_what_to_fetch_and_where_to_put_it(tmp_path):
+def test_without_network_one_message_says_what_to_fetch_and_where_to_put_it(tmp_path, fetch):
     done = fetch("http://127.0.0.1:9", tmp_path, "--tasks", "hellaswag", "--to", "d")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert (
@@ -163,7 +184,7 @@ def test_without_network_one_message_says_what_to_fetch_and_where_to_put_it(tmp_
     assert done.stderr.strip().split("\n")[2:] == ["or put the released hellaswag_val.jsonl (or .gz) into d/hellaswag"]
 
 
-def test_without_network_a_folder_that_has_other_files_says_the_same(tmp_path):
+def test_without_network_a_folder_that_has_other_files_says_the_same(tmp_path, fetch):
     (tmp_path / "d" / "truthfulqa").mkdir(parents=True)
     (tmp_path / "d" / "truthfulqa" / "TruthfulQA.csv").write_text("Question\n")
     done = fetch("http://127.0.0.1:9", tmp_path, "--tasks", "truthfulqa_mc", "--to", "d")
@@ -171,7 +192,7 @@ def test_without_network_a_folder_that_has_other_files_says_the_same(tmp_path):
 
 
 def test_parquet_without_pyarrow_is_said_before_anything_is_fetched(tmp_path, monkeypatch):
-    from eval import download, hellaswag
+    from eval import hellaswag
 
     monkeypatch.setattr(download, "find_spec", lambda name: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", partial(pytest.fail, "asked the Hub"))
@@ -181,7 +202,7 @@ def test_parquet_without_pyarrow_is_said_before_anything_is_fetched(tmp_path, mo
 
 @needs_data
 @pytest.mark.parametrize("damage", ["cut", "foreign", "short"])
-def test_the_hub_s_own_copy_is_fetched_again_where_it_is_damaged(hub, tmp_path, damage):
+def test_the_hub_s_own_copy_is_fetched_again_where_it_is_damaged(hub, tmp_path, damage, fetch):
     flags = ("--tasks", "openbookqa", "--to", "d")
     assert fetch(hub, tmp_path, *flags).returncode == 0
     (path,) = (tmp_path / "d" / "openbookqa" / "main").iterdir()
@@ -208,7 +229,7 @@ def test_the_hub_s_own_copy_is_fetched_again_where_it_is_damaged(hub, tmp_path, 
         ("test.jsonl.gz", b"\x1f\x8b cut"),
     ],
 )
-def test_a_file_of_somebody_else_is_never_written_over(hub, tmp_path, name, damaged):
+def test_a_file_of_somebody_else_is_never_written_over(hub, tmp_path, name, damaged, fetch):
     path = tmp_path / "d" / "openbookqa" / name
     path.parent.mkdir(parents=True)
     path.write_bytes(damaged)
@@ -216,6 +237,6 @@ def test_a_file_of_somebody_else_is_never_written_over(hub, tmp_path, name, dama
     assert told.returncode == 1 and "ove it away" in told.stderr and path.read_bytes() == damaged
 
 
-def test_mmlu_by_hand_is_its_csv_files(tmp_path):
+def test_mmlu_by_hand_is_its_csv_files(tmp_path, fetch):
     told = fetch("http://127.0.0.1:9", tmp_path, "--tasks", "mmlu_5shot", "--to", "d").stderr
     assert "or put the released *_test.csv into d/mmlu" in told and "released test.jsonl" not in told

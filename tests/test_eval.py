@@ -23,7 +23,7 @@ from stories260k import SHARED
 from tiny import tiny_folder
 
 import eval.__main__ as command
-from eval import arc_challenge, hellaswag, mathqa, mmlu, openbookqa, results, score, truthfulqa
+from eval import arc_challenge, hellaswag, mathqa, mmlu, openbookqa, results, score, table, truthfulqa
 from eval.benchmarks import BENCHMARKS, task_names
 from eval.generate import end_tokens, not_greedy, respond, stopped, trimmed
 from eval.rows import Row, Source, read_file
@@ -31,7 +31,7 @@ from eval.score import Encoder, Item, log_likelihoods, mean, pooled, predict
 from eval.sharing import Tree, pack, packed, unpacked
 from model import Llama, Packed
 from published.tokenizer import Tokenizer
-from support.generate import generate, sample
+from support.generate import Cached, generate, sample
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "demo" / "base"
@@ -479,6 +479,45 @@ def test_the_whole_test_sets_are_read():
 # Generation.
 
 
+def attended_one_by_one(lengths, tokens, q, k, v):
+    """(B, T, H, hd) queries, (B, T, K, hd) keys and values of whole texts, read as prompts of these lengths and then a
+    token at a time -> (B, H, tokens, hd), in their type and on their device."""
+    rows = lambda x: torch.cat([row[:n] for row, n in zip(x, lengths)]).transpose(0, 1)[None]  # noqa: E731
+    cache, out = Cached(lengths, max(lengths) + tokens, q.device), []
+    cache.attend(rows(q), rows(k), rows(v))
+    for n in range(tokens):
+        position = torch.tensor(lengths, device=q.device) + n
+        cache.grow(position)
+        last = [torch.stack([row[at] for row, at in zip(x, position)]).unsqueeze(2) for x in (q, k, v)]
+        out.append(cache.attend(*last))
+    return torch.cat(out, 2)
+
+
+@pytest.mark.fast
+def test_a_token_attends_to_all_before_it_and_to_itself_however_the_cache_grows():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 140, 6, 8), torch.randn(3, 140, 2, 8), torch.randn(3, 140, 2, 8)
+    lengths, tokens = [2, 125, 60], 8  # 128 slots are full after three tokens
+    found = attended_one_by_one(lengths, tokens, q, k, v)
+    for row, n in enumerate(lengths):
+        text = [x[row : row + 1, : n + tokens].transpose(1, 2) for x in (q, k, v)]
+        expected = Packed([n + tokens]).attend(*text)[0, :, n:]
+        assert torch.allclose(found[row], expected, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: its attention under a mask")
+def test_on_a_gpu_a_token_attends_to_the_same():
+    torch.manual_seed(0)
+    lengths, tokens = [2, 125, 60], 8
+    for heads in (24, 32):
+        q, k, v = torch.randn(3, 140, heads, 128), torch.randn(3, 140, 8, 128), torch.randn(3, 140, 8, 128)
+        expected = attended_one_by_one(lengths, tokens, q, k, v)
+        for dtype, most in ((torch.float32, 1e-3), (torch.bfloat16, 0.05)):
+            found = attended_one_by_one(lengths, tokens, *(x.to("cuda", dtype) for x in (q, k, v)))
+            assert (found.float().cpu() - expected).abs().max() < most
+
+
 @pytest.mark.fast
 def test_batches_of_any_size_write_the_same_and_stop_at_their_strings(tiny):
     model, tokenizer = tiny
@@ -488,7 +527,7 @@ def test_batches_of_any_size_write_the_same_and_stop_at_their_strings(tiny):
     stop = next(character for character in free[1] if character.strip())
     prompts = [(text, 12 - 5 * (i == 0), (stop,) * (i % 2)) for i, text in enumerate(texts)]
     one_by_one = [respond(model, encoder, [prompt], ())[0] for prompt in prompts]
-    for cached_tokens in (1, 150, 10_000):
+    for cached_tokens in (1, 300, 10_000):
         assert respond(model, encoder, prompts, (), cached_tokens=cached_tokens) == one_by_one
     assert one_by_one[1:] == [trimmed(text, (stop,) * (i % 2)) for i, text in enumerate(free)][1:]
     assert free[0].startswith(one_by_one[0]) and len(one_by_one[0]) < len(free[0]) and len({*one_by_one}) > 3
@@ -580,7 +619,7 @@ def json_lines(path: Path) -> list[dict]:
 
 
 @needs_data
-def test_the_command_scores_resumes_and_changes_nothing_that_it_has(tmp_path, here):
+def test_the_command_scores_resumes_and_changes_nothing_that_it_has(tmp_path, here, capsys):
     flags = ("--model", str(BASE), "--data", str(DATA), "--limit", "2", "--samples", "items.jsonl")
     first = run("--tasks", "arc_challenge,mmlu", *flags, cwd=tmp_path, program=(str(ROOT / "eval"),))
     assert first.returncode == 0, first.stderr
@@ -603,8 +642,8 @@ def test_the_command_scores_resumes_and_changes_nothing_that_it_has(tmp_path, he
     asked = {"task", "doc_id", "prompt", "gold", "continuations"}
     assert row.keys() == asked | {"loglikelihoods", "greedy", "metrics"} and row["prompt"].startswith("Question: ")
     assert all(choice.startswith(" ") for choice in row["continuations"])
-    table = run("eval-base-limit-2.json", cwd=tmp_path, program=(str(ROOT / "eval" / "table.py"),))
-    assert table.returncode == 0 and "| base | as given | 1 |" in table.stdout, table.stderr
+    table.main(["eval-base-limit-2.json"])
+    assert "| base | as given | 1 |" in capsys.readouterr().out
 
 
 @needs_data

@@ -1,5 +1,6 @@
 """examples/: each one trains the demo for a few steps and has the effect it claims; a saboteur of each lacks it."""
 
+import functools
 import importlib.util
 import json
 import math
@@ -27,9 +28,9 @@ EXAMPLES, DEMO, ROWS = ROOT / "examples", ROOT / "demo" / "base", ROOT / "demo" 
 COMMANDS = {  # of each example's docstring
     path.stem: re.search(r"^ *python train\.py (.+)$", path.read_text(), re.M) for path in sorted(EXAMPLES.glob("*.py"))
 }
-STEPS, LAM = 4, 0.6
-FLAGS = f"--recipe demo --dtype float32 --max-steps {STEPS} --lr 3e-3 --lam-max {LAM} --micro-batch-tokens 1023"
-FLAGS += " --context 1024 --batch-size 24 --checkpoint-every 0"  # two or more micro-batches a step
+STEPS, BATCH, LAM = 2, 12, 0.6
+FLAGS = f"--recipe demo --dtype float32 --max-steps {STEPS} --lr 3e-3 --lam-max {LAM} --micro-batch-tokens 511"
+FLAGS += f" --context 512 --batch-size {BATCH} --checkpoint-every 0"  # two or more micro-batches a step
 
 
 def trained(tmp_path, file, *more, name=None):
@@ -53,8 +54,9 @@ def near(a, b):
     return a == pytest.approx(b, abs=2e-4)
 
 
+@functools.cache
 def corpus():
-    return data.load_corpus(ROWS, Tokenizer(DEMO, 8192), "auto", 1024)
+    return data.load_corpus(ROWS, Tokenizer(DEMO, 8192), "auto", 512)
 
 
 # What each one claims: (metrics, the run's folder for more runs, the file).
@@ -96,7 +98,7 @@ def dft(rows, tmp_path, file):
     assert near(rows[0]["ce"], plain[0]["ce"]) and near(rows[0]["important"], plain[0]["important"])
     assert not near(rows[-1]["ce"], plain[-1]["ce"]), "another loss was trained"
     model, whole = Llama.from_pretrained(DEMO), corpus()
-    samples = data.epoch_order(len(whole), 24, 0, 0)[0]
+    samples = data.epoch_order(len(whole), BATCH, 0, 0)[0]
     (batch,) = data.micro_batches(whole, np.zeros(len(whole.ids), np.float32), samples, 9999)
     nll = batch.nll(model)[batch.loss_mask]
     loss = ((-nll.detach()).exp() * nll).mean()
@@ -110,14 +112,16 @@ def classes(rows, tmp_path, file):
     found = named(f"{file}:classes", "--grouper")(whole, 0)
     for i in np.flatnonzero(whole.loss_mask):
         a, b = whole.spans[i]
-        word = whole.text[:b].split(" ")[-1].split("\n")[-1]  # what stands before the token's end, back to white space
+        word = (
+            whole.text[max(0, b - 99) : b].split(" ")[-1].split("\n")[-1]
+        )  # what stands before the token's end, back to white space
         last = whole.text[b - 1 : b] if b > a else ""
         expected = 2 if last.isdecimal() and last.isascii() else 1 if last.strip() and word[:1] in UPPER else 0
         assert found[i] == expected, whole.text[a - 20 : b]
         counts[expected] += 1
     assert min(counts) > 5
     logged = np.sum([[count for _, count in row["groups"]] for row in rows], 0)
-    samples = np.concatenate(data.epoch_order(len(whole), 24, 0, 0)[:STEPS])
+    samples = np.concatenate(data.epoch_order(len(whole), BATCH, 0, 0)[:STEPS])
     there = whole.loss_mask & np.isin(whole.doc_ids, samples)
     assert logged.tolist() == np.bincount(found[there], minlength=3).tolist()
 
@@ -188,87 +192,108 @@ def test_every_example_is_short_and_named_in_the_readme_of_examples():
 # Other people's trainers.
 
 PROGRAM = '''
-"""Two steps of an example's trainer: what each process was given, its loss, the gradient of both together."""
-import json, os, sys
-sys.path[:0] = [sys.argv[1]]
+"""Two steps of each example's trainer: what each process was given, its loss, the gradient of both together."""
+import importlib, json, os, sys
 import torch
 from transformers import TrainerCallback
 
-name, folder, rows, out = sys.argv[2:]
-settings = dict(output_dir=out, max_steps=2, per_device_train_batch_size=3, gradient_accumulation_steps=3, seed=5)
+cases, folder, rows = json.loads(sys.argv[1]), *sys.argv[2:]
+settings = dict(max_steps=2, per_device_train_batch_size=3, gradient_accumulation_steps=3, seed=5)
 settings |= dict(learning_rate=0.0, max_grad_norm=0.0, report_to="none", save_strategy="no", use_cpu=True)
-seen, grads = [], []
 
 
-class Watch(TrainerCallback):
-    def on_pre_optimizer_step(self, args, state, control, model=None, **more):
-        found = {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters()}
-        grads.append(found)
-
-
-def watched(of):
+def watched(of, seen, grads):
     class Watched(of):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             loss = super().compute_loss(model, inputs, False, num_items_in_batch)
             seen.append((self.state.global_step, inputs["input_ids"].tolist(), float(loss.detach())))
             return loss
-    return Watched
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **more):
+            grads.append({n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters()})
+
+    return Watched, Watch()
 
 
-if name == "hf_trainer":
-    import hf_trainer as example
-    model = example.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-    args = example.TrainingArguments(**settings, remove_unused_columns=False)
-    ready = example.samples(rows, folder, model.config.vocab_size)
-    trainer = watched(example.SFTGO)(model, args, example.collate, ready)
-else:
-    import trl_sft as example
-    example.SFTGO = watched(example.SFTGO)
-    trainer = example.trainer(folder, rows, **settings)
-trainer.add_callback(Watch())
-trainer.train()
-rank = os.environ.get("RANK", "0")
-torch.save({"seen": seen, "grads": grads}, f"{out}/rank{rank}.pt")
+for examples, name, out in cases:
+    sys.path[0] = examples
+    for module in ("hf_trainer", "labelled", "trl_sft"):
+        sys.modules.pop(module, None)
+    example, seen, grads = importlib.import_module(name), [], []
+    example.SFTGO, watch = watched(example.SFTGO, seen, grads)
+    if name == "hf_trainer":
+        model = example.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+        args = example.TrainingArguments(out, remove_unused_columns=False, **settings)
+        ready = example.samples(rows, folder, model.config.vocab_size)
+        trainer = example.SFTGO(model, args, example.collate, ready)
+    else:
+        trainer = example.trainer(folder, rows, output_dir=out, **settings)
+    trainer.add_callback(watch)
+    trainer.train()
+    torch.save({"seen": seen, "grads": grads}, f"{out}/rank{os.environ.get('RANK', 0)}.pt")
 '''
+TRAINERS = [("hf_trainer", 1), ("hf_trainer", 2), ("trl_sft", 2)]  # each on so many ranks
+WITHOUT = {("hf_trainer", 1): "* share ", ("trl_sft", 2): "* self.accelerator.num_processes"}  # a saboteur's loss
 
 
-@pytest.mark.parametrize("name, ranks", [("hf_trainer", 1), ("hf_trainer", 2), ("trl_sft", 2)])
-def test_another_trainer_computes_what_scope_micro_batch_does(tmp_path, name, ranks):
-    compare(tmp_path, EXAMPLES, name, ranks)
+def missing(name):
+    """What an example imports that is not installed; the extra `peers` has it."""
+    needed = {"hf_trainer": ("accelerate",), "trl_sft": ("trl", "datasets")}[name]
+    return [package for package in needed if not importlib.util.find_spec(package)]
 
 
-@pytest.mark.parametrize(
-    "name, ranks, right", [("hf_trainer", 1, "* share "), ("trl_sft", 2, "* self.accelerator.num_processes")]
-)
-def test_a_micro_batch_that_counts_too_much_is_noticed(tmp_path, name, ranks, right):
-    shutil.copytree(EXAMPLES, tmp_path / "examples")
-    for other in ("data", "groupers", "model", "sftgo"):
-        (tmp_path / f"{other}.py").symlink_to(ROOT / f"{other}.py")
-    (tmp_path / "published").symlink_to(ROOT / "published")
-    text = (EXAMPLES / "hf_trainer.py").read_text()
-    assert text.count(right) == 1
-    (tmp_path / "examples" / "hf_trainer.py").write_text(text.replace(right, ""))
-    with pytest.raises(AssertionError, match="gradient"):
-        compare(tmp_path, tmp_path / "examples", name, ranks)
-
-
-def compare(tmp_path, examples, name, ranks):
-    """Losses and gradients of two steps of an example's trainer, and those of our own loop on the same rows."""
+@pytest.fixture(scope="module")
+def trained_by_others(tmp_path_factory):
+    """trained_by_others(name, ranks, wrong): what each rank saw. All cases of a number of ranks run in one start."""
     pytest.importorskip("transformers")
-    for package in ("trl", "datasets") if name == "trl_sft" else ("accelerate",):
-        if not importlib.util.find_spec(package):
-            pytest.skip(f"{package} is not installed: it is in the extra `peers`")
-    (tmp_path / "program.py").write_text(PROGRAM)
-    launch = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}".split() if ranks > 1 else []
-    command = [sys.executable, *launch, tmp_path / "program.py", examples, name, DEMO, ROWS, tmp_path]
-    quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    ended = subprocess.run(
-        list(map(str, command)), env=os.environ | quiet, cwd=tmp_path, capture_output=True, text=True
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    found = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
+    here = tmp_path_factory.mktemp("trainers")
+    (here / "program.py").write_text(PROGRAM)
 
-    whole, model = corpus(), Llama.from_pretrained(DEMO)
+    def sabotaged(name, ranks):
+        right, place = WITHOUT[name, ranks], here / f"without {ranks}"
+        file = shutil.copytree(EXAMPLES, place) / "hf_trainer.py"
+        assert file.read_text().count(right) == 1
+        file.write_text(file.read_text().replace(right, ""))
+        return place
+
+    @functools.cache
+    def started(ranks):
+        there = [case for case in TRAINERS if case[1] == ranks and not missing(case[0])]
+        cases = [(EXAMPLES, name, here / f"{name} {ranks}") for name, _ in there]
+        cases += [(sabotaged(*case), case[0], here / f"{case[0]} {ranks} wrong") for case in there if case in WITHOUT]
+        launch = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}".split() if ranks > 1 else []
+        command = [sys.executable, *launch, here / "program.py", json.dumps(cases, default=str), DEMO, ROWS]
+        quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        env = os.environ | quiet
+        ended = subprocess.run([*map(str, command)], env=env, cwd=here, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+
+    def seen(name, ranks, wrong=False):
+        if missing(name):
+            pytest.skip(f"{missing(name)} not installed: in the extra `peers`")
+        started(ranks)
+        out = here / f"{name} {ranks}{' wrong' * wrong}"
+        return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+    return seen
+
+
+@pytest.mark.parametrize("name, ranks", TRAINERS)
+def test_another_trainer_computes_what_scope_micro_batch_does(trained_by_others, name, ranks):
+    compare(trained_by_others(name, ranks))
+
+
+@pytest.mark.parametrize("name, ranks", WITHOUT)
+def test_a_micro_batch_that_counts_too_much_is_noticed(trained_by_others, name, ranks):
+    found = trained_by_others(name, ranks, wrong=True)
+    with pytest.raises(AssertionError, match="gradient"):
+        compare(found)
+
+
+def compare(found):
+    """Losses and gradients of two steps of an example's trainer, and those of our own loop on the same rows."""
+    ranks, whole, model = len(found), corpus(), Llama.from_pretrained(DEMO)
     scores = named("tfidf", "--grouper")(whole, 0)
     at = {tuple(whole.ids[a:b].tolist()): i for i, (a, b) in enumerate(zip(whole.starts, whole.starts[1:]))}
     label, objective = train.groupers.labeller(None, (0.9,)), lambda nats, tokens: sft_go(nats, tokens, 0.9)

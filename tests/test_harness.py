@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+from functools import cache
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ os.environ.setdefault("NLTK_DATA", str(SHARED / "nltk_data"))
 lm_eval = pytest.importorskip("lm_eval", reason='compares with the lm-evaluation-harness: pip install -e ".[peers]"')
 pytestmark = needs_data
 
-ROWS = 20
+ROWS = 12
 TASKS = ["mathqa", "arc_challenge", "openbookqa", "hellaswag", "truthfulqa_mc1", "truthfulqa_mc2"]
 OURS = {"truthfulqa_mc1": "truthfulqa_mc", "truthfulqa_mc2": "truthfulqa_mc"}
 
@@ -213,7 +214,14 @@ def generated(names: list[str], per_task: int, tokens: int) -> dict[str, list[st
     return out
 
 
-def test_truthfulqa_answers_get_the_harness_s_scores(tmp_path):
+@pytest.fixture
+def once(monkeypatch):
+    """The harness takes the mean of ROUGE over one answer a thousand times; ten times it is the same."""
+    scoring = pytest.importorskip("rouge_score.scoring")
+    monkeypatch.setattr(scoring.BootstrapAggregator.__init__, "__defaults__", (0.95, 10))
+
+
+def test_truthfulqa_answers_get_the_harness_s_scores(once):
     from lm_eval.tasks.truthfulqa.utils import preprocess_function, process_results_gen
 
     rows, prompts = hub_rows()["truthfulqa_gen"], BENCHMARKS["truthfulqa_gen"].load(DATA)
@@ -238,7 +246,7 @@ def test_ifeval_responses_get_the_harness_s_verdicts():
     from eval.ifeval import UNSETTLED
 
     rows, prompts = hub_rows()["ifeval"], BENCHMARKS["ifeval"].load(DATA)
-    texts = generated(["ifeval"], 40, 64)["ifeval"]
+    texts = generated(["ifeval"], 16, 64)["ifeval"]
     draw = random.Random(0)
     pieces = ["Yes, all lower case.", "ALL CAPITALS, ALL OF IT.", "* one\n* two", "*marked* **twice** <<A title>>",
               "P.S. more", "[name] [date]", '"quoted"', "SECTION 1 x\nSECTION 2", "a\n\nb\n\nc", "***", "******",
@@ -254,7 +262,7 @@ def test_ifeval_responses_get_the_harness_s_verdicts():
     assert 100 < held < 700, "the texts should follow some of the instructions, and not others"
 
 
-def test_generation_tasks_ask_for_what_the_harness_asks_for(tmp_path):
+def test_generation_tasks_ask_for_what_the_harness_asks_for(tmp_path, once):
     """Prompts, stop strings, lengths, and what responses come to over all items."""
     from lm_eval.api.model import LM
 
@@ -308,6 +316,7 @@ def test_a_group_s_error_is_the_harness_s():
 def test_the_command_runs_a_task_of_the_harness(tmp_path, capsys, monkeypatch):
     from eval import harness
 
+    monkeypatch.setattr(harness, "TaskManager", cache(harness.TaskManager))  # it reads 14,000 files
     harness_tasks(tmp_path, ["openbookqa"], 8)
     path = tmp_path / "openbookqa.yaml"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"task": "openbookqa_here"}))
@@ -336,7 +345,7 @@ def test_the_command_runs_a_task_of_the_harness(tmp_path, capsys, monkeypatch):
         (["--tasks", "openbookqa", "--limit", "-3"], "--limit -3"),
     ):
         with pytest.raises(SystemExit, match=said):
-            harness.main(["--model", str(DEMO / "base"), *flags])
+            harness.main(["--model", str(DEMO / "base"), "--include-path", str(tmp_path), *flags])
 
 
 def test_results_of_the_harness_are_json_and_take_the_next_name(tmp_path, capsys, monkeypatch):

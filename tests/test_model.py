@@ -4,11 +4,13 @@ import copy
 import json
 import os
 import shutil
+from functools import partial
 
 import pytest
 import stories260k
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import Llama, LlamaConfig, Packed
 from published import weights
@@ -171,10 +173,65 @@ def test_bf16_compute_keeps_fp32_parameters_and_no_second_copy_of_them(tmp_path)
     hidden.float().square().sum().backward()
     assert all(p.dtype == p.grad.dtype == torch.float32 for n, p in model.named_parameters() if p.grad is not None)
     shapes = {p.shape for p in model.parameters() if p.ndim == 2}
-    assert not [t.shape for t in saved if t.ndim == 2 and t.dtype == torch.bfloat16 and (t.shape in shapes or t.mT.shape in shapes)]
+    assert not [
+        t.shape
+        for t in saved
+        if t.ndim == 2 and t.dtype == torch.bfloat16 and (t.shape in shapes or t.mT.shape in shapes)
+    ]
 
     full = Llama.from_pretrained(folder_of(tmp_path), seed=3)(torch.arange(60)[None], Packed([60]))
     assert (hidden - full).abs().mean() < 0.03 < full.abs().mean()
+
+
+@pytest.mark.fast
+def test_weights_cast_once_give_the_same_bits_with_one_cast_each_and_are_gone_afterwards(tmp_path):
+    model, casts = Llama.from_pretrained(folder_of(tmp_path), compute_dtype=torch.bfloat16, seed=3), []
+    matrices = [p.data_ptr() for name, p in model.model.named_parameters() if p.ndim == 2 and "embed" not in name]
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in matrices:
+                casts.append(args[0].shape)
+            return func(*args, **(kwargs or {}))
+
+    def gradient():
+        for _ in range(2):  # micro-batches
+            model(torch.arange(60)[None], Packed([25, 35])).float().square().sum().backward()
+        grads = [p.grad for p in model.model.parameters()]
+        model.zero_grad()
+        return grads
+
+    plain = gradient()
+    for room, expected in (False, 4), (True, 1):
+        model.room_to_cast = room
+        casts.clear()
+        with Casts(), model.cast_once():
+            once = gradient()
+        assert len(casts) == expected * len(matrices)
+        assert all(map(torch.equal, plain, once)) and not any(
+            getattr(m, "cast", None) is not None for m in model.modules()
+        )
+
+
+def test_compiled_blocks_serve_all_row_lengths_and_give_the_plain_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # inductor's: LOG.md
+    plain, compiled = (
+        Llama.from_pretrained(folder_of(tmp_path), compute_dtype=torch.bfloat16, seed=3) for _ in range(2)
+    )
+    for block in compiled.model.layers:
+        block.compile(dynamic=True)
+    torch._dynamo.reset()
+    graphs = []
+    for lengths in [[30, 4], [5], [17, 3, 9, 2], [60], [2, 2], [41]]:
+        tokens = torch.arange(sum(lengths))[None]
+        losses = [m(tokens, Packed(lengths))[..., ::5].float().exp().mean() for m in (plain, compiled)]
+        for loss in losses:
+            loss.backward()
+        assert abs(losses[0] - losses[1]) < 5e-3 * losses[0]
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] and len({*graphs}) == 1, "the first row compiles; no later one"
+    for a, b in zip(plain.parameters(), compiled.parameters()):
+        assert a.grad is None or (a.grad - b.grad).norm() < 0.03 * a.grad.norm()
 
 
 @pytest.mark.fast

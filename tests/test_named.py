@@ -698,7 +698,9 @@ def test_labels_that_are_no_group_are_refused_where_the_sums_are_read_too(folder
     """On a GPU `group_sums` does not look, because it would have to wait: the step does."""
     sums = train.group_sums
     monkeypatch.setattr(train, "group_sums", lambda nll, group, mask, K: sums(nll, group, mask & (group < K), K))
-    monkeypatch.setattr(groupers, "cut", lambda *a: torch.full_like(a[0], 2).int())
+    monkeypatch.setattr(
+        groupers, "labeller", lambda *a: lambda nll, batch: (batch.prior if nll is None else nll * 0 + 2).int()
+    )
     with pytest.raises(ValueError, match="^step 1: the grouper gave labels outside 0 … 1, or scores of nan"):
         run(folder, rows, tmp_path / "out", "--grouper", "loss")
 
@@ -706,32 +708,12 @@ def test_labels_that_are_no_group_are_refused_where_the_sums_are_read_too(folder
 # Other people's files.
 
 
-def python(place, *words, **environment):
-    quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=place,
-        env={**os.environ, **quiet, **environment},
-        capture_output=True,
-        text=True,
-    )
-
-
-@pytest.fixture
-def theirs(tmp_path):
-    """A folder of somebody's own modules, which must not be run."""
-    place = tmp_path / "theirs"
-    place.mkdir()
+def test_sftgo_works_in_a_folder_that_has_modules_of_the_names_of_ours(tmp_path):
     for name in ("model", "data", "train", "groupers"):
-        (place / f"{name}.py").write_text("raise SystemExit('theirs')\n")
-    return place
-
-
-def test_sftgo_and_train_py_work_in_a_folder_that_has_modules_of_the_same_names(theirs):
-    paths = {"PYTHONPATH": str(ROOT)}  # as a package that is installed: behind the working directory
-    assert python(theirs, "-c", "import sftgo; print(sftgo.lam_at(0, 1, 0.5, 0))", **paths).stdout == "0.5\n"
-    ended = python(theirs, ROOT / "train.py", "--dry-run")
-    assert ended.returncode == 0 and ended.stdout.startswith("data "), ended.stderr
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('theirs')\n")
+    env = os.environ | {"PYTHONPATH": str(ROOT)}  # as a package that is installed: behind the working directory
+    command = [sys.executable, "-c", "import sftgo; print(sftgo.lam_at(0, 1, 0.5, 0))"]
+    assert subprocess.check_output(command, cwd=tmp_path, env=env) == b"0.5\n"
 
 
 @pytest.mark.fast
@@ -753,15 +735,15 @@ def test_a_folder_of_data_and_files_of_other_names_are_no_obstacle(mine):
     assert isinstance(named(f"{mine}:plain", "--objective"), Named)
 
 
-def test_a_users_file_imports_its_neighbours_behind_all_else(folder, rows, mine, tmp_path):
+def test_a_users_file_imports_its_neighbours_behind_all_else(folder, rows, mine, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "tabnanny", raising=False)
     (mine.parent / "my_losses.py").write_text("def plain(nats, tokens, lam):\n    return nats.sum() / tokens.sum()\n")
     (mine.parent / "tabnanny.py").write_text("raise SystemExit('a neighbour was found before the library')\n")
     (mine.parent / "tfidf_too.py").write_text("from groupers import tfidf\n")
     mine.write_text("import tabnanny\nfrom my_losses import plain\nfrom tfidf_too import tfidf\n")
-    names = f"--objective {mine}:plain --grouper {mine}:tfidf".split()
-    flags = f"--model {folder} --data {rows} --context 128 --micro-batch-tokens 512 --dry-run".split()
-    ended = python(tmp_path, ROOT / "train.py", *flags, *names)
-    assert ended.returncode == 0 and f"{mine}:plain, λ" in ended.stdout, ended.stderr
+    train.train(config(folder, rows, "--objective", f"{mine}:plain", "--grouper", f"{mine}:tfidf", "--dry-run"))
+    assert f"{mine}:plain, λ" in capsys.readouterr().out
 
 
 @pytest.mark.fast

@@ -1,9 +1,12 @@
 """Ranks, under real torchrun processes: they change nothing but the speed, and a fault of one is one clear line.
 
-As a program (`torchrun tests/test_ranks.py CASES.json OUT`) it trains each case on its ranks and leaves its run in OUT/<n>.
+As a program (`torchrun tests/test_ranks.py CASES.json OUT`) it trains each case on its ranks and leaves its run in
+OUT/<name of the case>, and what it printed in OUT/said.
 """
 
 import contextlib
+import functools
+import io
 import json
 import os
 import re
@@ -12,7 +15,9 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -59,6 +64,8 @@ CASES = {  # the same cases on every number of ranks; later flags override BASE'
     "scope micro_batch, group DRO": f"--objective {ROOT}/examples/group_dro.py:group_dro --grouper loss {MICRO}",
     "scope micro_batch, weighted": f"--objective {__file__}:weighted --grouper loss --eta 0.4 0.8 {MICRO}",
 }
+if find_spec("transformers"):
+    CASES["llmlingua2"] = "--grouper llmlingua2 --eta 0.5 --llmlingua-model {classifier}"
 
 
 def weighted(nats, tokens, lam):
@@ -97,11 +104,12 @@ KEYS = ("loss", "ce", "important", "unimportant", "grad_norm", "lr", "lam", "tok
 
 def run_cases(cases: dict[str, list[str]], out: Path) -> None:
     """Train each case on the ranks that there are, in one process group."""
-    with Ranks() as ranks:
-        train.Ranks = lambda: contextlib.nullcontext(ranks)
-        for n, flags in enumerate(cases.values()):
-            train.train(train.parse_args([*flags, "--out", str(out / str(n)), "--checkpoint-every", "0"]))
-    train.Ranks = Ranks
+    with Ranks() as ranks, contextlib.redirect_stdout(io.StringIO()) as said:
+        with patch.object(train, "Ranks", lambda: contextlib.nullcontext(ranks)), patch.object(train.report, "ending"):
+            for name, flags in cases.items():
+                train.train(train.parse_args([*flags, "--out", str(out / name), "--checkpoint-every", "0"]))
+    if ranks.rank == 0:
+        (out / "said").write_text(said.getvalue())
 
 
 def environment(**more) -> dict:
@@ -204,20 +212,45 @@ def place(tmp_path_factory):
     long.write_text("".join(json.dumps({**row, "completion": 9 * row["completion"]}) + "\n" for row in ROWS))
     base = f"--model {folder} --data {rows} {BASE}".split()
     names = {"untied": untied, "phi": phi, "long": long}
+    if "llmlingua2" in CASES:
+        names["classifier"] = classifier_folder(here, MBERT, TEXTS * 4)
     cases = {name: [*base, *flags.format(**names).split()] for name, flags in CASES.items()}
     run_cases(cases, here / "one")
     return here, [*base, "--objective", f"{__file__}:both"], cases  # of runs that stop: with a state, and weights
 
 
-@pytest.mark.parametrize("ranks, shard", [(2, "fsdp"), (2, "ddp"), (4, "fsdp")])
-def test_any_number_of_ranks_gives_the_single_process_run(place, tmp_path, ranks, shard):
+SPLITS = [(2, "fsdp"), (2, "ddp"), (4, "fsdp")]
+
+
+def chosen(cases: dict, ranks: int, shard: str) -> list[str]:
+    """The cases to run so."""
+    return [*cases][: None if (ranks, shard) == SPLITS[0] else 3]
+
+
+@pytest.fixture(scope="module")
+def many(place):
+    """many(ranks): the folder of the runs "<case>, <shard>" on so many ranks, all in one start."""
     here, _, cases = place
-    chosen = list(cases)[: None if (ranks, shard) == (2, "fsdp") else 3]
-    cases = {name: [*cases[name], "--shard", shard] for name in chosen}
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    ended(launch(ranks, "tests/test_ranks.py", tmp_path / "cases.json", tmp_path / "many"))
-    for n in range(len(cases)):
-        assert_same_run(here / "one" / str(n), tmp_path / "many" / str(n), 1e-5)
+
+    @functools.cache
+    def started(ranks):
+        out, shards = here / f"{ranks} ranks", [shard for n, shard in SPLITS if n == ranks]
+        runs = {f"{name}, {shard}": [*cases[name], "--shard", shard]
+                for shard in shards for name in chosen(cases, ranks, shard)}  # fmt: skip
+        if "llmlingua2, fsdp" in runs:
+            runs["again"] = [*cases["llmlingua2"], "--cache", str(out / "llmlingua2, fsdp" / "cache")]
+        (here / "cases.json").write_text(json.dumps(runs))
+        ended(launch(ranks, "tests/test_ranks.py", here / "cases.json", out))
+        return out
+
+    return started
+
+
+@pytest.mark.parametrize("ranks, shard", SPLITS)
+def test_any_number_of_ranks_gives_the_single_process_run(place, many, ranks, shard):
+    here, _, cases = place
+    for name in chosen(cases, ranks, shard):
+        assert_same_run(here / "one" / name, many(ranks) / f"{name}, {shard}", 1e-5)
 
 
 # Runs that stop and resume.
@@ -259,10 +292,11 @@ def test_a_worker_killed_under_torchrun_is_restarted_and_resumes(place, uninterr
     assert_same_run(out, uninterrupted, 1e-5)
 
 
-def test_sigterm_saves_and_any_number_of_ranks_resumes(place, uninterrupted, held, tmp_path):
+def test_sigterm_saves_and_any_number_of_ranks_resumes(place, uninterrupted, held, tmp_path, capsys):
     _, base, _ = place
     out, (program, file) = tmp_path / "out", held
-    command = (program, *base, "--out", out, "--checkpoint-every", 3)
+    flags = [*base, "--out", str(out), "--checkpoint-every", "3"]
+    command = (program, *flags)
     for ranks, reached in ((2, 5), (1, 10)):
         process = launch(ranks, *command, flags=["--shutdown-timeout", MINUTES], held=file)
         wait_for(file.exists, process)
@@ -278,40 +312,37 @@ def test_sigterm_saves_and_any_number_of_ranks_resumes(place, uninterrupted, hel
     said, _ = ended(launch(2, *command, held=file))
     assert "2 ranks, after step 10\n" in said
     assert_same_run(out, uninterrupted, 1e-5)
-    assert "already finished; nothing to do" in ended(launch(1, *command, held=file))[0]
+    train.train(train.parse_args(flags))  # on one, in this process
+    assert "already finished; nothing to do" in capsys.readouterr().out
 
 
 def test_ctrl_c_leaves_nothing_unfinished(place, held, tmp_path):
     _, base, _ = place
     out, (program, file) = tmp_path / "out", held
-    command = (program, *base, "--out", out, "--checkpoint-every", 3)
-    process = launch(2, *command, held=file, start_new_session=True)
+    flags = [*base, "--out", str(out), "--checkpoint-every", "3"]
+    process = launch(2, program, *flags, held=file, start_new_session=True)
     wait_for(file.exists, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, errors = process.communicate(timeout=MINUTES)
     assert process.returncode != 0 and not (out / "model").exists()
     assert errors.count(f"interrupted; saved: {out / 'checkpoints' / 'step-'}") == 1, errors[-3000:]
-    ended(launch(1, *command, held=file))
+    train.train(train.parse_args(flags))
     assert not list((out / "checkpoints").glob("*.part")) and len(metrics(out)) == STEPS
 
 
 # What ranks prepare together.
 
 
-def test_scores_of_a_model_are_shared_out_and_one_file_keeps_them(place, uninterrupted, tmp_path):
+def test_scores_of_a_model_are_shared_out_and_one_file_keeps_them(place, many):
     pytest.importorskip("transformers")
-    _, base, _ = place
-    classifier = classifier_folder(tmp_path, MBERT, TEXTS * 4)
-    flags = [*base, "--grouper", "llmlingua2", "--eta", "0.5", "--llmlingua-model", str(classifier)]
-    for ranks, out in ((1, "one"), (2, "two"), (2, "again")):
-        cache = ["--cache", tmp_path / "two" / "cache"] if out == "again" else []
-        said, _ = ended(launch(ranks, "train.py", *flags, "--out", tmp_path / out, "--checkpoint-every", 0, *cache))
-        assert re.search(r"^groups  5\d\.\d% of the supervised tokens important$", said, re.M)
-    assert_same_run(tmp_path / "one", tmp_path / "two", 1e-5)
-    assert_same_run(tmp_path / "again", tmp_path / "two", 0)
-    (mine,), (theirs,) = ([*(tmp_path / out / "cache").iterdir()] for out in ("one", "two"))
+    one, two, again = place[0] / "one", many(2) / "llmlingua2, fsdp", many(2) / "again"
+    for said, runs in ((one / "said", 1), (many(2) / "said", 2)):
+        groups = re.findall(r"^groups  5\d\.\d% of the supervised tokens important$", said.read_text(), re.M)
+        assert len(groups) == runs
+    assert_same_run(again, two, 0)
+    (mine,), (theirs,) = ([*(out / "cache").iterdir()] for out in (one / "llmlingua2", two))
     assert mine.name == theirs.name and np.allclose(np.load(mine), np.load(theirs), atol=1e-6)
-    assert not (tmp_path / "again" / "cache").exists(), "--cache had them"
+    assert not (again / "cache").exists(), "--cache had them"
 
 
 LIMIT = """
