@@ -172,6 +172,66 @@ def memory_needed(
     return dict(zip(names, (12 * parameters // ranks, cast_once * c * parameters, *max(moments, key=sum))))
 
 
+GPUS = {  # FLOP/s of large bf16 matmuls, bytes/s of memory, bytes/s that a rank of eight gets from the others
+    "H100": (700e12, 3.0e12, 370e9),
+    "H200": (700e12, 4.3e12, 370e9),
+}
+
+
+def forward_flops(cfg: LlamaConfig, positions: int, supervised: int, squares: float) -> float:
+    """Multiplications and additions of a forward pass; `squares` is the sum of the documents' squared lengths.
+
+    The head runs on the supervised positions alone, a position attends to half of its document on average.
+    """
+    q, kv = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
+    block = cfg.hidden_size * (2 * q + 2 * kv + 3 * cfg.intermediate_size)  # parameters
+    matmuls = cfg.num_hidden_layers * block * positions + cfg.vocab_size * cfg.hidden_size * supervised
+    return 2 * matmuls + 2 * cfg.num_hidden_layers * q * squares
+
+
+def seconds_needed(
+    cfg: LlamaConfig,
+    parameters: int,
+    step: tuple[float, float, float],
+    micro_batches: int,
+    ranks: int = 1,
+    recompute: bool = False,
+    gpu: str = "H100",
+) -> float:
+    """Seconds of a step of (positions, supervised, squares) by arithmetic, as if GPUs never waited for anything.
+
+    Matmuls run forward, and twice as long backward; attention 2.5 times. The head makes its logits again, and with
+    `recompute` the layers all of theirs. Bytes: what norms, rotation, silu and sums of a layer read and write, 40 for a
+    logit; of a parameter 40 for clipping and AdamW, 18 for its gradient in each micro-batch, 12 for its cast. Over
+    several ranks fsdp sends 8 bytes of a parameter meanwhile.
+    """
+    (rate, memory, link), (positions, supervised, squares) = GPUS[gpu], (x / ranks for x in step)
+    D, ff, head = cfg.hidden_size, cfg.intermediate_size, cfg.vocab_size * cfg.hidden_size * supervised
+    q, kv = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
+    flops = (3 + recompute) * forward_flops(cfg, positions, supervised, squares)
+    flops += cfg.num_hidden_layers * q * squares + 2 * head * (1 - recompute)
+    forward, backward = (20 * D + 12 * (q + kv) + 10 * ff, 42 * D + 12 * (q + kv) + 18 * ff)
+    moved = cfg.num_hidden_layers * positions * ((1 + recompute) * forward + backward)
+    moved += 40 * cfg.vocab_size * supervised
+    moved += parameters * (40 / ranks + 18 * micro_batches + 12 * (micro_batches if ranks > 1 else 1) - 12)
+    sent = 8 * parameters * micro_batches * (ranks - 1) / ranks
+    return max(flops / rate + moved / memory, sent / link)
+
+
+def expected(cfg, llama: LlamaConfig, parameters: int, corpus: Corpus, steps: int, ranks: int) -> str:
+    """The run's time, for the plan; "" where a step is shorter than it takes to start its kernels."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    gpu, n = next((gpu for gpu in GPUS if gpu in name), "H100"), corpus.lengths - 1
+    totals = n.sum(), corpus.loss_mask.sum(), (n.astype(float) ** 2).sum()
+    step = [min(1, cfg.batch_size / len(corpus)) * float(total) for total in totals]
+    micro_batches = math.ceil(step[0] / ranks / cfg.micro_batch_tokens)
+    each = seconds_needed(llama, parameters, step, micro_batches, ranks, cfg.checkpoint_activations, gpu)
+    minutes = steps * each / 60
+    long = f"{minutes / 60:.1f} hours" if minutes >= 100 else f"{minutes:.0f} minutes" if minutes >= 2 else ""
+    number = {1: "one", 2: "two", 4: "four", 8: "eight"}.get(ranks, ranks)
+    return f"about {long or f'{60 * minutes:.0f} seconds'} on {number} {gpu}, by arithmetic" if each > 0.02 else ""
+
+
 def plan(
     cfg,
     functions: tuple[Named, Named],
@@ -231,6 +291,9 @@ def plan(
         "model": f"{cfg.model}: {parameters / 1e6:,.1f}M parameters{fresh}, computed in {cfg.dtype}",
         "memory": f"about {sum(memory.values()) / 1e9:.2g} GB of tensors on {'each' if ranks > 1 else 'a'} GPU: "
         + ", ".join(f"{what} {n / 1e9:.2g}" for what, n in memory.items() if n),
+        "time": expected(cfg, llama, parameters, corpus, steps, ranks)
+        if cfg.dry_run or torch.cuda.is_available()
+        else "",
         "saves": f"checkpoints: {size if cfg.checkpoint_every else 'none'}",
         "resume": stuck if unknown else "",
     }
