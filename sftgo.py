@@ -45,8 +45,7 @@ def group_sums(nll: Tensor, group: Tensor, loss_mask: Tensor, groups: int = 2) -
 
 # Objectives: (nats (K,), tokens (K,), λ of the step) -> loss, () nats per token. Add one by --objective FILE.py:NAME.
 # It may be called any number of times in a step. An objective may also have (`examples/` has one of each):
-#   constant_price(λ)     True where ∂loss / ∂nats is 1 / (all tokens) in every group, whatever the losses. A step of
-#                         several micro-batches then needs no extra forward pass.
+#   constant_price(λ)     True where ∂loss / ∂nats is 1 / (all tokens) in every group, whatever the losses.
 #   weigh(nll, batch)     (T,) weights of the tokens, 0 or above: nats becomes Σ weight · nll, tokens stay a count.
 #   update(nats, tokens)  called once after each optimizer step, with the step's sums; the state that it changes is
 #                         saved and loaded by state_dict() and load_state_dict(state).
@@ -155,4 +154,5 @@ class _TokenNLL(torch.autograd.Function):
             grad = torch.mul(grad, grad_nll[rows, None], out=logits)  # d loss / d logits
             grad_hidden[rows] = grad @ head
             grad_weight += grad.T @ hidden[rows]
+            del logits, grad  # before the next chunk's are made
         return grad_hidden, grad_weight.to(weight.dtype), None, None

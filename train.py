@@ -22,6 +22,7 @@ from pathlib import Path
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # a CPU compiles kernels for every row length; keep few
 os.environ.setdefault("LRU_CACHE_CAPACITY", "256")
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # rows of many lengths: no fragments
 if os.environ.get("RANK", "0") != "0":
     os.environ["TQDM_DISABLE"] = "1"  # one progress bar is enough
 

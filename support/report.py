@@ -148,7 +148,7 @@ def memory_needed(
                    block comes and goes; gradients are complete for a moment, in float32.
         recompute: layers keep their input alone; one at a time makes the rest again.
         several:   micro-batches add up gradients, which are there from the first on.
-        cast_once: the weights in the compute dtype are there all the time, too.
+        cast_once: the blocks' weights in the compute dtype are there all the time, too.
     """
     D, ff, c = cfg.hidden_size, cfg.intermediate_size, compute_bytes
     q, kv = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
@@ -156,7 +156,7 @@ def memory_needed(
     kept = cfg.num_hidden_layers * (positions * c * D if recompute else layer)
     block, embedding = D * (2 * q + 2 * kv + 3 * ff + 2), cfg.vocab_size * D
     root, rows = parameters - cfg.num_hidden_layers * block, min(4096, positions)
-    logits = c * rows * cfg.vocab_size * (2 if positions > rows else 1) + max(4 * rows * cfg.vocab_size, c * embedding)
+    logits = c * rows * cfg.vocab_size + max(4 * rows * cfg.vocab_size, c * embedding)
     logits += 4 * embedding + (c * embedding if c < 4 and ranks == 1 else 0)
     gradients = 4 * parameters // ranks
     begun, twice = several * gradients, 4 * embedding if several or cfg.tie_word_embeddings else 0
@@ -169,7 +169,7 @@ def memory_needed(
         (end, 0, 0, gathered + reduced),
     )
     names = "weights, AdamW", "weights as computed", "gradients", "activations", "logits", "gathered"
-    return dict(zip(names, (12 * parameters // ranks, cast_once * c * parameters, *max(moments, key=sum))))
+    return dict(zip(names, (12 * parameters // ranks, cast_once * c * (parameters - root), *max(moments, key=sum))))
 
 
 GPUS = {  # FLOP/s of large bf16 matmuls, bytes/s of memory, bytes/s that a rank of eight gets from the others
