@@ -187,9 +187,8 @@ def load_corpus(path: str | Path, tokenizer: Tokenizer, template: str, context: 
     at[starts[:-1]] = whole.starts[document]
     spans = whole.spans[at]  # (tokens, 2)
     spans[starts[:-1]] = whole.spans[begin, :1]  # the BOS gets an empty span at the start of its sample
-    corpus = Corpus(
-        whole.ids[at], whole.kind[at], starts, spans, np.array([*documents])[document], whole.text, template
-    )
+    row_of = np.array([*documents])[document]
+    corpus = Corpus(whole.ids[at], whole.kind[at], starts, spans, row_of, whole.text, template)
     usable = np.bincount(corpus.doc_ids, corpus.loss_mask, len(corpus)) > 0
     counts["dropped: response cut away"] += len(usable) - usable.sum()
     counts["cut at the context length"] += ((whole.lengths > context)[document] & usable).sum() * (template != "text")
@@ -206,9 +205,8 @@ def tokenize(documents: list[list[tuple[int, str]]], tokenizer: Tokenizer) -> Co
     """Rendered documents -> their tokens, uncut, each with its BOS; some megabytes of text at a time, on all cores."""
     size = np.cumsum([sum(len(s) for _, s in pieces) for pieces in documents])
     numbered = zip(size // 4_000_000, tqdm(documents, "tokenizing", disable=None, leave=False))
-    chunks = [
-        encode([pieces for _, pieces in chunk], tokenizer) for _, chunk in groupby(numbered, lambda pair: pair[0])
-    ]
+    together = groupby(numbered, lambda pair: pair[0])
+    chunks = [encode([pieces for _, pieces in chunk], tokenizer) for _, chunk in together]
     ids, kinds, spans, lengths, apart, texts = zip(*(chunks or [encode([], tokenizer)]))
     begin = np.cumsum([0, *map(len, texts)])
     spans, starts = [span + at for span, at in zip(spans, begin)], np.cumsum([0, *chain(*lengths)])

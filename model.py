@@ -47,9 +47,8 @@ class LlamaConfig:
 
     def inv_freq(self, device=None) -> Tensor:
         """Rotary frequencies, (hd/2,) float32 radians per position, with Llama 3's scaling where the config has it."""
-        freq = self.rope_theta ** -(
-            torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
-        )
+        pair = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
+        freq = self.rope_theta**-pair
         if self.rope_scaling is None:
             return freq
         factor, low, high = (self.rope_scaling[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
@@ -83,7 +82,6 @@ class Packed:
     def to(self, device) -> "Packed":
         return Packed(self.lengths, device)
 
-    @torch.compiler.disable  # documents differ from row to row; everything else in a block is compiled once for all
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         grouped = k.shape[1] != q.shape[1]
         if q.is_cuda and q.dtype != torch.float32:
@@ -246,9 +244,11 @@ class Llama(nn.Module):
         matrices = [module for module in self.model.modules() if isinstance(module, Linear) and self.room_to_cast]
         for matrix in matrices:
             matrix.cast = matrix.weight.detach().to(self.compute_dtype)
-        yield
-        for matrix in matrices:
-            matrix.cast = None
+        try:
+            yield
+        finally:
+            for matrix in matrices:
+                matrix.cast = None
 
     @classmethod
     def from_pretrained(

@@ -37,13 +37,13 @@ from tqdm import tqdm
 import data
 import groupers
 from data import TEMPLATES, Batch, Corpus
-from model import Llama, LlamaConfig
+from model import Llama, LlamaConfig, Packed
 from published.config import read_config
 from published.hub import data_file, resolve
 from published.weights import DTYPES
 from sftgo import OBJECTIVES, group_sums, lam_at, price
 from support import checkpoint, flags, report, scores
-from support.guess import Guess, groups_before
+from support.guess import Guess, groups_before, same
 from support.llmlingua2 import LLMLINGUA2
 from support.named import Named, named
 from support.ranks import Ranks, command, everywhere, own_rows
@@ -74,9 +74,7 @@ class Config:
     recipe: str | None = opt(None, "named settings; other flags override them; list prints them", choices=NAMES)
     model: str | None = opt(None, "folder in the published layout, or a Hub name")
     fresh: bool = opt(False, "start from random weights, for a --model folder that has a config and no weights")
-    data: str | None = opt(
-        None, "training data: JSON, JSONL (also .gz), Parquet; or hf://datasets/ORGANISATION/NAME/FILE"
-    )
+    data: str | None = opt(None, "training data: JSON, JSONL (also .gz), Parquet; or hf://datasets/ORG/NAME/FILE")
     template: str = opt("auto", "how a row becomes text; auto follows the data", choices=("auto", *TEMPLATES))
     context: int = opt(4096, "tokens a sample is cut to", ((lambda x: 2 <= x < 2**31), "at least 2"))
     batch_size: int = opt(64, "samples in an optimizer step", POSITIVE)
@@ -110,7 +108,7 @@ class Config:
 
     shard: str | None = opt(None, "over several ranks: fsdp splits the model (default), ddp copies it", choices=SHARDS)
     compile: bool = opt(
-        False, "compile the blocks by torch.compile, once for all row lengths: it takes minutes, then pays"
+        False, "compile the blocks by torch.compile, once for all row lengths; it takes a minute or more"
     )
     checkpoint_activations: bool = opt(False, "keep only each block's input; recompute the block in backward")
     checkpoint_every: int = opt(50, "steps between checkpoints, also at the end and on SIGTERM; 0: none", NOT_NEGATIVE)
@@ -206,30 +204,31 @@ def step(model, batches, objective, label, reduce=lambda t: t, groups=2, constan
         weigh:          (detached nll (T,), batch) -> weight of each token (T,); without it, each weighs 1.
         guess:          prices (K,) to try before they are known, from empty gradients; a wrong one changes no result.
     """
-    held, alone, sure, prices = [], len(batches) == 1, guess is None, guess
-    if constant_price:
-        tokens = reduce(torch.stack([batch.loss_mask.sum() for batch in batches]).sum())  # () of the whole step
-        prices = (1 / tokens.double()).expand(groups)  # (K,)
-    elif sure:
-        with torch.set_grad_enabled(alone):  # one: keep its graph; more: forward again below, 1/3 more work
-            held = [sums(model, batch, label, groups, weigh) for batch in batches]
-        prices = price(objective, *total(held, reduce)[:2])  # (K,)
-    while True:
+
+    def accumulate(prices: Tensor, held=()) -> tuple[Tensor, ...]:
         parts = []
-        for batch in batches:
-            part = held[0] if held and alone else sums(model, batch, label, groups, weigh)
+        for part in held or (sums(model, batch, label, groups, weigh) for batch in batches):
             backward(prices, part[0])
             parts.append([t.detach() for t in part])
-        found = total(parts, reduce)
-        if sure or torch.equal(prices, true := price(objective, *found[:2])):
+        return total(parts, reduce)
+
+    if constant_price:
+        tokens = reduce(torch.stack([batch.loss_mask.sum() for batch in batches]).sum())  # () of the whole step
+        return accumulate((1 / tokens.double()).expand(groups))
+    if guess is not None:
+        found = accumulate(guess)
+        prices = price(objective, *found[:2])
+        if same(prices, guess, reduce):
             return found
         model.zero_grad()
-        prices, sure = true, True
+        return accumulate(prices)
+    alone = len(batches) == 1  # keep its graph; with more, forward again: 1/3 more work
+    with torch.set_grad_enabled(alone):
+        held = [sums(model, batch, label, groups, weigh) for batch in batches]
+    return accumulate(price(objective, *total(held, reduce)[:2]), held if alone else ())
 
 
-def micro_batch_step(
-    model, batches, objective: Objective, label: Label, reduce=lambda t: t, groups=2, weigh=None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def micro_batch_step(model, batches, objective, label, reduce=lambda t: t, groups=2, weigh=None) -> tuple[Tensor, ...]:
     """`--scope micro_batch`: Σ_m (N_m / N) · objective(micro-batch m), the loss that an ordinary trainer approximates.
 
     Returns the step's `sums` and its loss.
@@ -258,8 +257,10 @@ def build(cfg: Config, folder: Path, ranks: Ranks) -> Llama:
     """The model with its weights. Under fsdp a rank builds and reads its own rows of every parameter, and no more."""
     with torch.device("meta"):
         model = Llama(LlamaConfig(**read_config(folder)), DTYPES[cfg.dtype])
-    for block in model.model.layers if cfg.compile else ():
-        block.compile(dynamic=True)
+    if cfg.compile:  # once for all row lengths; attention stays outside, because documents differ from row to row
+        Packed.attend = torch.compiler.disable(Packed.attend)
+        for block in model.model.layers:
+            block.compile(dynamic=True)
     if ranks.size > 1 and cfg.shard == "fsdp":
         mesh = dist.init_device_mesh(ranks.device.type, (ranks.size,))
         cast = MixedPrecisionPolicy(DTYPES[cfg.dtype], torch.float32, cast_forward_inputs=False)
@@ -286,7 +287,8 @@ def finish_gradients(model: Llama, largest: float, ranks: Ranks) -> float:
         torch._foreach_copy_(small, flat.split([*map(len, small)]))
     norm = torch.nn.utils.get_total_norm(grads)
     norm = ranks.sum(norm.square()).sqrt() if sharded else norm  # one sum; clip_grad_norm_ makes one a parameter
-    torch._foreach_mul_(grads, (largest / (norm + 1e-6)).clamp(max=1.0) if largest else 1.0)
+    if largest:
+        torch._foreach_mul_(grads, (largest / (norm + 1e-6)).clamp(max=1.0))
     return float(norm)
 
 
@@ -324,7 +326,7 @@ def update(model, optimizer, batches, cfg, method, done: int, total_steps: int, 
             nats, tokens, unweighted = step(model, batches, objective, label, reduce, groups, constant, weigh, first)
             loss = objective(nats, tokens)
             if several and not constant:
-                guess.learn(objective, nats, tokens)
+                guess.learn(objective, nats, tokens, reduce)
     norm = finish_gradients(model, cfg.clip, ranks)
     lr = lr_at(done, total_steps, cfg.lr, cfg.schedule, cfg.warmup_ratio)
     row = {"loss": float(loss), **report.group_means(unweighted, tokens), "lam": lam, "lr": lr, "grad_norm": norm}
@@ -418,8 +420,7 @@ def train(cfg: Config, objective=None, grouper=None) -> Path | None:
         file = ranks.each(lambda: data_file(cfg.data))
         corpus = ranks.each(lambda: data.load_corpus(file, tokenizer, cfg.template, cfg.context))
         prior = ranks.each(lambda: scores.without_model(grouper, corpus, cfg.seed))
-        steps = steps_of(cfg, corpus)
-        about_run = cfg, (objective, grouper), corpus, llama, folder, prior, steps, ranks.size
+        about_run = cfg, (objective, grouper), corpus, llama, folder, prior, steps_of(cfg, corpus), ranks.size
         room = ranks.each(lambda: report.plan(*about_run))
         if cfg.dry_run:
             return None
@@ -438,7 +439,8 @@ def train(cfg: Config, objective=None, grouper=None) -> Path | None:
                 raise SystemExit(143)  # 128 + SIGTERM: not finished, for whoever starts it again
             checkpoint.export(model, tokenizer, corpus.template, saved_as, out, ranks)
             if ranks.rank == 0:
-                report.ending(out, model, tokenizer, corpus)
+                with torch.compiler.set_stance("force_eager") if cfg.compile else nullcontext():
+                    report.ending(out, model, tokenizer, corpus)
             return out
 
 

@@ -7,7 +7,6 @@ worst, which seldom changes. A wrong guess is noticed, at the price of a second 
 from collections import Counter, deque
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from data import Corpus
@@ -28,13 +27,18 @@ class Guess:
         self.tried = self.prices is not None and 3 * sum(self.wrong) <= len(self.wrong)
         return self.prices if self.tried else None
 
-    def learn(self, objective, nats: Tensor, tokens: Tensor) -> None:
-        """From the step's sums, (K,) each."""
-        right = self.prices is not None and torch.equal(self.prices, price(objective, nats, tokens))
+    def learn(self, objective, nats: Tensor, tokens: Tensor, reduce=lambda t: t) -> None:
+        """From the step's sums, (K,) each; `reduce` sums over ranks."""
+        right = self.prices is not None and same(self.prices, price(objective, nats, tokens), reduce)
         if self.prices is not None:
             self.wrong.append(not right)
         self.means = (nats / tokens).where(tokens > 0, 0.0 if self.means is None else self.means)
         self.steps["probed" if not self.tried else "guessed right" if right else "guessed wrong"] += 1
+
+
+def same(prices: Tensor, guess: Tensor, reduce) -> bool:
+    """Whether they are, to the last bit, on every rank: one that began its step again alone would wait for ever."""
+    return not reduce((prices != guess).sum())
 
 
 def groups_before(grouper, etas: tuple[float, ...], corpus: Corpus, prior: np.ndarray, seed: int) -> np.ndarray:

@@ -208,7 +208,9 @@ def guarded(program: Callable[[], object], cure: str, interrupted: str) -> None:
         message, code = "" if other else e.args and e.args[0] or interrupted, 130
     except RuntimeError as e:
         rank = f"rank {os.environ['RANK']}: " if dist.is_initialized() else ""
-        if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
+        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            message = f"error: {rank}torch.compile failed ({first_line(e)}); leave out --compile"
+        elif isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
             message = f"error: {rank}out of memory ({first_line(e)}); {cure}"
         elif dist.is_initialized() and collective_failed(e):
             message = f"error: {rank}lost touch with the other ranks; one is stuck or gone ({first_line(e)})"
