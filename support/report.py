@@ -136,7 +136,7 @@ def memory_needed(
     """Bytes of tensors on one GPU at the fullest moment of a step, by what they are for.
 
     All the time there are 12 bytes a parameter, float32: itself and AdamW's two moments. In backward, gradients
-    (4 bytes a parameter) come while activations go, so the fullest moment is one of four:
+    (4 bytes a parameter) come while activations go, so the fullest moment is one of these:
     - Backward begins. A layer keeps of each position its input, its MLP's input, both normalized, q, k, v, the
       attention's output and four feed-forward rows. The head has its gradient, its cast weight and 4,096 rows of
       logits, once as computed and once in float32.
