@@ -254,6 +254,8 @@ def bench(args) -> None:
         raise ValueError(f'{" and ".join(missing)} missing; install with: pip install -e ".[peers]", or --sides ours')
     if not args.data.is_file():
         raise ValueError(f"{args.data}: no such file; set SFTGO_SHARED to the folder of data/lima, or give --data")
+    if args.objective and (args.sides != USUAL or args.steps is not None):
+        raise ValueError("--objective times our own step alone: it takes --pairs, but neither --sides nor --steps")
     if args.pairs is not None and args.pairs < 1:
         raise ValueError(f"--pairs {args.pairs}: expected 1 or more")
     if args.out and not args.out.absolute().parent.is_dir():
@@ -265,13 +267,14 @@ def bench(args) -> None:
         folder = shapes.get(args.model, lambda: resolve(args.model))()
         llama = LlamaConfig(**read_config(folder))
         corpus = data.load_corpus(args.data, Tokenizer(folder, llama.vocab_size), SETTINGS["template"], CONTEXT)
-        if not 2 <= args.steps <= len(corpus) // BATCH:
-            raise ValueError(f"--steps {args.steps}: expected 2 to {len(corpus) // BATCH}, the first is not counted")
+        steps = 3 if args.steps is None else args.steps
+        if not 2 <= steps <= len(corpus) // BATCH:
+            raise ValueError(f"--steps {steps}: expected 2 to {len(corpus) // BATCH}, the first is not counted")
         print(f"work     {args.model}, {args.data.name}, {BATCH} samples a step, bf16", flush=True)
         if args.objective:
             results = [objectives(folder, corpus, args.pairs or 15, parts) for parts in (1, 4)]
         else:
-            results = beside(folder, args.data, corpus, args.steps, args.pairs or 2, args.sides)
+            results = beside(folder, args.data, corpus, steps, args.pairs or 2, args.sides)
     if args.out:
         write_json(args.out, {"machine": about, "model": args.model, "data": str(args.data), "results": results})
 
@@ -285,7 +288,7 @@ def main() -> None:
     flag("--data", type=Path, default=lima, metavar="FILE", help="LIMA (default: the one in SFTGO_SHARED)")
     usual = f"the first is compared with the others (default: {' '.join(USUAL)})"
     flag("--sides", nargs="+", choices=SIDES, default=USUAL, help=usual)
-    flag("--steps", type=int, default=3, metavar="N", help="steps of a run, the first not counted (default: 3)")
+    flag("--steps", type=int, metavar="N", help="steps of a run, the first not counted (default: 3)")
     flag("--pairs", type=int, metavar="N", help="rounds (default: 2), or pairs of steps of --objective (default: 15)")
     flag("--objective", action="store_true", help="time SFT-GO against cross-entropy in our own loop")
     flag("--out", type=Path, metavar="FILE.json", help="write all numbers here")

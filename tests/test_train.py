@@ -331,7 +331,7 @@ def test_a_guessed_price_right_or_wrong_changes_no_bit_of_the_gradient(model_and
 
 
 @pytest.mark.fast
-def test_prices_are_guessed_while_at_most_a_third_of_the_last_guesses_was_wrong():
+def test_prices_are_guessed_while_at_most_a_quarter_of_the_last_guesses_was_wrong():
     def steps(objective, means, counts):
         guess = train.Guess()
         for mean, count in zip(means, counts, strict=True):
@@ -1453,7 +1453,7 @@ def test_over_ranks_the_plan_splits_what_fsdp_splits():
     assert eight["activations"] == one["activations"] and one["gathered"] == 0
     assert eight["gathered"] == 2 * (embedding + 3072) and one["logits"] - eight["logits"] == 2 * embedding
     copied = report.memory_needed(cfg, parameters, 4096, 2, several=True, cast_once=True)
-    assert copied == one | {"weights as computed": 2 * parameters}
+    assert copied == one | {"weights as computed": 2 * (parameters - embedding - 3072)}
 
 
 # Real data.
