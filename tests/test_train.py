@@ -315,9 +315,10 @@ def test_several_micro_batches_get_a_look_first_unless_the_price_is_constant(mod
 
 @pytest.mark.fast
 @pytest.mark.parametrize("case", OBJECTIVES)
-def test_a_guessed_price_right_or_wrong_changes_no_bit_of_the_gradient(model_and_corpus, case):
+@pytest.mark.parametrize("grouper", ["tfidf", "loss"])
+def test_a_guessed_price_right_or_wrong_changes_no_bit_of_the_gradient(model_and_corpus, grouper, case):
     (model, corpus), (chosen, lam, etas), calls = model_and_corpus, OBJECTIVES[case], []
-    prior, label = prior_of("tfidf", corpus), groupers.labeller(groupers.tfidf, etas)
+    prior, label = prior_of(grouper, corpus), groupers.labeller(groupers.GROUPERS[grouper], etas)
     how = {"groups": len(etas) + 1, "weigh": getattr(chosen, "weigh", None)}
     objective = lambda nats, tokens: chosen(nats, tokens, lam)
     sums = train.step(model, cut(corpus, prior, 3), objective, label, **how)
