@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -30,7 +31,8 @@ from functools import cached_property
 from pathlib import Path
 from unittest.mock import patch
 
-os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to look for a GPU starts nothing that a fork would break
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -114,7 +116,7 @@ class Bench:
             return train.build(cfg, lengths.folder_of(Path(folder), "tiny" if self.tiny else shape), self.ranks)
 
     def corpus(self, name: str, model: Llama) -> data.Corpus:
-        return lengths.corpus(name, model.cfg.vocab_size, 64 if self.tiny else 4096)
+        return lengths.corpus(name, model.cfg.vocab_size, 64 if self.tiny else min(4096, self.limit(model)))
 
     def planned(self, model: Llama, tokens: int, several: bool = True, cast_once: bool = False) -> int:
         """Bytes that the plan gives a step of such micro-batches."""
@@ -185,6 +187,7 @@ def step(bench: Bench, label: str, model: Llama, name: str, goal: str = "", step
         useful = 3 * report.forward_flops(model.cfg, *work) / row["seconds"]
         shares.append(100 * useful / 1e12 / bench.known.get(RATE, 700))
         speeds.append(row["tokens_per_second"])
+    longest = max(row["tokens"] for row in rows)
     floor = report.seconds_needed(model.cfg, parameters, work, -(-tokens // most), 1, model.recompute, gpu)
     bench.known[label] = statistics.median(speeds)
     by = f"micro-batches of {most:,} tokens; {tokens / floor:,.0f} by arithmetic for {gpu}; {bench.prices}"
@@ -192,7 +195,7 @@ def step(bench: Bench, label: str, model: Llama, name: str, goal: str = "", step
     yield Row(f"{label}: useful work", statistics.median(shares), "% of the matmul rate", goal)
     peak, plan = (
         rows[-1]["peak_memory_bytes"] / 1e9,
-        bench.planned(model, most, tokens > most, tokens > most and model.room_to_cast) / 1e9,
+        bench.planned(model, min(most, longest), longest > most, longest > most and model.room_to_cast) / 1e9,
     )
     yield Row(
         f"{label}: peak memory over the plan's", peak / plan, "times", "0.90-1.05", f"{peak:.1f} of {plan:.1f} GB"
@@ -340,7 +343,7 @@ GROUPS = {  # kinds of kernels, by what their names have in them; the first that
     "attention": r"flash|fmha|attn|attention",
     "matmul": r"gemm|cutlass|nvjet|xmma|sm90_|cublas|::mm|addmm",
     "optimizer": r"adam|multi_tensor|lpnorm|foreach",
-    "copies, casts": r"copy|memcpy|memset|fill|cat",
+    "copies, casts": r"copy|memcpy|memset|fill|\bcat|CatArray",
     "norm": r"norm",
     "loss and other reductions": r"reduce|scatter|gather|softmax|index|embedding",
     "elementwise": r"elementwise|triton|vectorized",
@@ -348,13 +351,15 @@ GROUPS = {  # kinds of kernels, by what their names have in them; the first that
 
 
 def profile(bench: Bench) -> Iterator[Row]:
-    """Where a step's time goes: kernels of three steps, by their names."""
+    """Where a step's time goes: kernels of twelve steps, by their names. The first one probes and begins AdamW."""
     model = bench.model("3b")
     bench.train(model, "lima", 1, **GO)
     with torch.profiler.profile(acc_events=True) as seen:
-        seconds = sum(row["seconds"] for row in bench.train(model, "lima", 3, 0, **GO))
+        seconds = sum(row["seconds"] for row in bench.train(model, "lima", 12, 0, **GO))
     found, slowest = dict.fromkeys([*GROUPS, "other"], 0.0), {}
     for event in seen.key_averages():
+        if getattr(event, "is_user_annotation", False):  # a span of kernels that are there themselves
+            continue
         micros = event.self_device_time_total if bench.gpu else event.self_cpu_time_total
         if micros and (str(event.device_type).endswith("CUDA") or not bench.gpu):
             kind = next((kind for kind, names in GROUPS.items() if re.search(names, event.key, re.I)), "other")
@@ -371,19 +376,20 @@ PARTS = {  # name: what it runs, the seconds after which it is ended; with a thi
     "checks": (checks, 90),
     "ceilings": (ceilings, 30),
     "lima": (lima, 90),
-    "compiled": (compiled, 150),
-    "transformers": (transformers, 100),
-    "decoding": (decoding, 45),
-    "suite": (suite, 60),
-    "profile": (profile, 60),
-    "one copy": (one_copy, 50),
-    "alpaca": (alpaca, 40),
-    "8b": (large, 90),
+    "compiled": (compiled, 120),
+    "transformers": (transformers, 90),
+    "decoding": (decoding, 40),
+    "suite": (suite, 50),
+    "alpaca": (alpaca, 30),
+    "8b": (large, 60),
+    "profile": (profile, 45),
+    "one copy": (one_copy, 30),
 }
 
 
 def work(name: str, bench: Bench, out: Path, pipe) -> None:
-    """One part, in a process of its own."""
+    """One part, in a process that leads a group: what it starts ends with it, and Ctrl-C is not for it."""
+    os.setsid()
     with open(out / "gpu.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         try:
             for row in PARTS[name][0](bench):
@@ -413,7 +419,8 @@ def measured(name: str, bench: Bench, out: Path, left: float) -> Iterator[Row]:
         if process.exitcode:
             yield Row(name, note=f"its process ended with {process.exitcode}")
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.join()
 
 
@@ -427,18 +434,21 @@ def table(rows: list[Row]) -> str:
 
 
 def run(names: list[str], tiny: bool, minutes: float, out: Path) -> None:
-    rows, bench, end = [], Bench(tiny), time.monotonic() + 60 * minutes
+    bench, end, order = Bench(tiny), time.monotonic() + 60 * minutes, [*PARTS]
+    kept = [Row(**row) for row in json.loads((out / "gpu.json").read_text())] if (out / "gpu.json").is_file() else []
+    rows = [row for row in kept if row.part not in names]  # of other parts, run before
     for name in names:
         began = time.monotonic()
         for row in measured(name, bench, out, end - began):
             bench.known |= {row.what: row.value} if row.value is not None else {}
             if tiny and row.value is not None:
                 row = replace(row, value=None, note="ran on tiny shapes")
-            rows.append(replace(row, part=name))
+            rows = sorted([*rows, replace(row, part=name)], key=lambda row: order.index(row.part))
             write_json(out / "gpu.json", [asdict(row) for row in rows])
             (out / "gpu.md.part").write_text(table(rows), encoding="utf-8")
             (out / "gpu.md.part").replace(out / "gpu.md")
-            print(f"{name:<14}{row.what:<68}{row.value or 0:>11,.4g} {row.unit}  {row.note}", flush=True)
+            value = "not measured" if row.value is None else f"{row.value:,.4g} {row.unit}"
+            print(f"{name:<14}{row.what:<68}{value:>16}  {row.note}", flush=True)
         print(f"{name:<14}{time.monotonic() - began:.0f} s", flush=True)
 
 
@@ -453,8 +463,10 @@ def main() -> None:
     names = args.parts.split(",")
     if unknown := [name for name in names if name not in PARTS]:
         sys.exit(f"error: --parts {unknown[0]}: expected some of {', '.join(PARTS)}")
-    if not args.out.is_dir():
-        sys.exit(f"error: --out {args.out}: no such folder; create it first")
+    if not args.out.is_dir() or not os.access(args.out, os.W_OK):
+        sys.exit(f"error: --out {args.out}: no folder that can be written to")
+    if not args.tiny and not torch.cuda.is_available():
+        sys.exit("error: no GPU here; --tiny shows on a CPU that the parts work")
     try:
         run(names, args.tiny, args.minutes, args.out)
     except KeyboardInterrupt:

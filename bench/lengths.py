@@ -11,6 +11,7 @@ of the header, [[tokens of the question, [tokens of each choice]], …]]; `read`
 important ones and the worse ones, as in text.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -115,5 +116,14 @@ def write() -> None:
     FILE.write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
 
 
+def main() -> None:
+    about = "Write lengths.json anew, from the data sets in SFTGO_SHARED; it takes minutes."
+    argparse.ArgumentParser(description=about, allow_abbrev=False).parse_args()
+    try:
+        write()
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+
+
 if __name__ == "__main__":
-    write()
+    main()

@@ -204,11 +204,12 @@ def objectives(folder: Path, corpus, pairs: int, parts: int) -> dict:
     """Steps of SFT-GO and of cross-entropy in turn, `parts` micro-batches each, by train.update: ratio of seconds.
 
     Both go over the rows of the same three steps again and again, so that neither meets a row length first; the first
-    time over them is not counted. Groups are TF-IDF's, made before.
+    time over them is not counted. Groups are TF-IDF's, made before. What a step costs depends on how its prices came
+    about, so each kind has a median of its own, too.
     """
     prior, orders = groupers.tfidf(corpus), data.epoch_order(len(corpus), BATCH, 0, 0, drop_last=True)[:3]
     groups = groups_before(groupers.tfidf, SETTINGS["eta"], corpus, prior, 0)
-    runs, seconds = [], np.zeros((len(orders) + pairs, 2))
+    runs, seconds, kinds = [], np.zeros((len(orders) + pairs, 2)), []
     for name in ("cross_entropy", "sft_go"):
         cfg = train.Config(model=str(folder), data="-", objective=name, **SETTINGS)
         model = Llama.from_pretrained(folder, torch.bfloat16, device=DEVICE)
@@ -221,14 +222,18 @@ def objectives(folder: Path, corpus, pairs: int, parts: int) -> dict:
                 model, optimizer, cfg, method, guess = runs[side]
                 batches = [data.pack(corpus, prior, samples, groups).to(DEVICE) for samples in rows]
                 counts = sum(batch.group[batch.loss_mask].bincount(minlength=2) for batch in batches).double()
-                began = now()
+                before, began = guess.steps.copy(), now()
                 train.update(model, optimizer, batches, cfg, method, i, len(seconds), ranks, guess, counts)
                 seconds[i, side] = now() - began
+                kinds += [*(guess.steps - before), "held"][:1] if side else []  # cross-entropy's are constant
     ratios = seconds[len(orders) :, 1] / seconds[len(orders) :, 0]
     draws = np.random.default_rng(0).choice(ratios, (10_000, pairs))
     low, high = np.quantile(np.median(draws, 1), (0.025, 0.975))
-    middle, prices = float(np.median(ratios)), dict(runs[1][-1].steps)
-    how = ", ".join(f"{what} {n} times" for what, n in prices.items()) or "held in every step"
+    middle, kinds = float(np.median(ratios)), np.array(kinds[len(orders) :])
+    prices = {
+        str(kind): [int((kinds == kind).sum()), float(np.median(ratios[kinds == kind]))] for kind in np.unique(kinds)
+    }
+    how = ", ".join(f"{kind} in {n}: {ratio:.3f}" for kind, (n, ratio) in prices.items())
     found = f"SFT-GO {middle:.3f} × cross-entropy, 95 % {low:.3f} to {high:.3f}"
     print(f"{parts} micro-batches a step: {found} ({pairs} pairs; prices {how})", flush=True)
     return dict(micro_batches=parts, ratio=middle, interval=[low, high], ratios=ratios.tolist(), prices=prices)
@@ -254,6 +259,8 @@ def bench(args) -> None:
         raise ValueError(f'{" and ".join(missing)} missing; install with: pip install -e ".[peers]", or --sides ours')
     if not args.data.is_file():
         raise ValueError(f"{args.data}: no such file; set SFTGO_SHARED to the folder of data/lima, or give --data")
+    if args.objective and (args.sides != USUAL or args.steps is not None):
+        raise ValueError("--objective times our own step alone: it takes --pairs, but neither --sides nor --steps")
     if args.pairs is not None and args.pairs < 1:
         raise ValueError(f"--pairs {args.pairs}: expected 1 or more")
     if args.out and not args.out.absolute().parent.is_dir():
@@ -265,13 +272,14 @@ def bench(args) -> None:
         folder = shapes.get(args.model, lambda: resolve(args.model))()
         llama = LlamaConfig(**read_config(folder))
         corpus = data.load_corpus(args.data, Tokenizer(folder, llama.vocab_size), SETTINGS["template"], CONTEXT)
-        if not 2 <= args.steps <= len(corpus) // BATCH:
-            raise ValueError(f"--steps {args.steps}: expected 2 to {len(corpus) // BATCH}, the first is not counted")
+        steps = 3 if args.steps is None else args.steps
+        if not 2 <= steps <= len(corpus) // BATCH:
+            raise ValueError(f"--steps {steps}: expected 2 to {len(corpus) // BATCH}, the first is not counted")
         print(f"work     {args.model}, {args.data.name}, {BATCH} samples a step, bf16", flush=True)
         if args.objective:
             results = [objectives(folder, corpus, args.pairs or 15, parts) for parts in (1, 4)]
         else:
-            results = beside(folder, args.data, corpus, args.steps, args.pairs or 2, args.sides)
+            results = beside(folder, args.data, corpus, steps, args.pairs or 2, args.sides)
     if args.out:
         write_json(args.out, {"machine": about, "model": args.model, "data": str(args.data), "results": results})
 
@@ -285,7 +293,7 @@ def main() -> None:
     flag("--data", type=Path, default=lima, metavar="FILE", help="LIMA (default: the one in SFTGO_SHARED)")
     usual = f"the first is compared with the others (default: {' '.join(USUAL)})"
     flag("--sides", nargs="+", choices=SIDES, default=USUAL, help=usual)
-    flag("--steps", type=int, default=3, metavar="N", help="steps of a run, the first not counted (default: 3)")
+    flag("--steps", type=int, metavar="N", help="steps of a run, the first not counted (default: 3)")
     flag("--pairs", type=int, metavar="N", help="rounds (default: 2), or pairs of steps of --objective (default: 15)")
     flag("--objective", action="store_true", help="time SFT-GO against cross-entropy in our own loop")
     flag("--out", type=Path, metavar="FILE.json", help="write all numbers here")

@@ -70,11 +70,11 @@ def record(shape: str, name: str, layers: int, ranks: int, recompute: bool, most
         norm, silu = one_kernel(gpu, "rms_norm"), one_kernel(gpu, "silu")
         functions = {"rms_norm": lambda x, shape, weight, eps: norm(x, weight), "silu": silu}
         with patch.multiple(torch.nn.functional, **functions):
-            place = SimpleNamespace(rank=0, size=ranks, device=gpu.device, reducer=lambda: lambda t: t)
+            place = SimpleNamespace(rank=0, size=ranks, device=gpu.device, reducer=lambda: lambda t: t, sum=lambda t: t)
             how = {"shard": "fsdp" if ranks > 1 else None, "checkpoint_activations": recompute}
             cfg = train.Config(model=folder, data="-", micro_batch_tokens=most, context=min(4096, most), **how)
             model = train.build(cfg, lengths.folder_of(Path(folder), shape, num_hidden_layers=layers), place)
-            corpus = lengths.corpus(name, model.cfg.vocab_size)
+            corpus = lengths.corpus(name, model.cfg.vocab_size, cfg.context)
             samples = data.epoch_order(len(corpus), lengths.BATCH[name], 0, 0)[0]
             prior = np.zeros(len(corpus.ids), np.int64)
             batches = data.micro_batches(corpus, prior, samples, most, 0, ranks, prior)
@@ -88,7 +88,8 @@ def record(shape: str, name: str, layers: int, ranks: int, recompute: bool, most
                 )
                 train.update(model, optimizer, batch, cfg, method, done, 9, place)
     rows = [batch.layout.lengths for batch in batches]
-    squares = {sum(row): sum(n * n for n in row) for row in rows}
+    squares = {tokens: [sum(n * n for n in row) for row in rows if sum(row) == tokens] for tokens in map(sum, rows)}
+    squares = {tokens: sum(found) / len(found) for tokens, found in squares.items()}  # of rows as long as each other
     supervised = sum(int(batch.loss_mask.sum()) for batch in batches)
     shapes = {tuple(p.shape) for p in model.parameters() if p.ndim == 2}
     return list(gpu.ops), SimpleNamespace(
@@ -151,7 +152,9 @@ def roofline(shape: str, name="lima", ranks=1, recompute=False, most=8192, gpu="
                 found[depth][kind] += seconds(op, kind, step, ranks, gpu)
     by_kind = {kind: found[1][kind] + (layers - 1) * (found[2][kind] - found[1][kind]) for kind in KINDS}
     step.cfg = SimpleNamespace(**vars(step.cfg) | {"num_hidden_layers": layers})
-    flops = 3 * report.forward_flops(step.cfg, sum(map(sum, step.rows)), step.supervised, sum(step.squares.values()))
+    flops = 3 * report.forward_flops(
+        step.cfg, sum(map(sum, step.rows)), step.supervised, sum(n * n for row in step.rows for n in row)
+    )
     return by_kind, flops / report.GPUS[gpu][0]
 
 
@@ -170,6 +173,8 @@ def main() -> None:
     flag("--micro-batch-tokens", type=int, default=8192, metavar="N", help="as train.py's (default: 8192)")
     flag("--recompute", action="store_true", help="as train.py's --checkpoint-activations")
     args = parser.parse_args()
+    if args.ranks < 1 or args.micro_batch_tokens < 64:
+        parser.error("expected --ranks of 1 or above and --micro-batch-tokens of 64 or above")
     by_kind, useful = roofline(args.model, args.data, args.ranks, args.recompute, args.micro_batch_tokens, args.gpu)
     step = longest(by_kind)
     print(f"{args.model} on {args.data}, {args.ranks} × {args.gpu}: a step of {step:.3f} s; {useful / step:.0%} useful")

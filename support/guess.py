@@ -1,7 +1,8 @@
 """A step's prices before its first forward pass, so that a step of several micro-batches needs no probe.
 
 The prices of sft_go depend on the token counts of the groups, which are known beforehand, and on which group is the
-worst, which seldom changes. A wrong guess is noticed, at the price of a second step; a probe costs a third of one.
+worst, which seldom changes where groups differ. A wrong guess is noticed, at the price of a second step; a probe costs
+a third of one. So a guess pays below one wrong in three; the rule asks for one in four, because it sees few of them.
 """
 
 from collections import Counter, deque
@@ -15,16 +16,16 @@ from support.report import groups_of_corpus
 
 
 class Guess:
-    """Prices of the last step's means, for this step's counts; while at most 1/3 of the last twelve were wrong."""
+    """Prices of the last step's means, unless more than 1/4 of the last 24 would have been wrong."""
 
     def __init__(self):
-        self.means, self.prices, self.tried, self.wrong = None, None, False, deque(maxlen=12)
+        self.means, self.prices, self.tried, self.wrong = None, None, False, deque(maxlen=24)
         self.steps = Counter()  # how many were what
 
     def make(self, objective, tokens: Tensor) -> Tensor | None:
         """Prices (K,) for a step with this many `tokens` in each group, (K,) float64; None: probe."""
         self.prices = None if self.means is None else price(objective, self.means * tokens, tokens)
-        self.tried = self.prices is not None and 3 * sum(self.wrong) <= len(self.wrong)
+        self.tried = self.prices is not None and 4 * sum(self.wrong) <= len(self.wrong)
         return self.prices if self.tried else None
 
     def learn(self, objective, nats: Tensor, tokens: Tensor, reduce=lambda t: t) -> None:

@@ -202,8 +202,9 @@ def seconds_needed(
 
     Matmuls run forward, and twice as long backward; attention 2.5 times. The head makes its logits again, and with
     `recompute` the layers all of theirs. Bytes: what norms, rotation, silu and sums of a layer read and write, 40 for a
-    logit; of a parameter 40 for clipping and AdamW, 18 for its gradient in each micro-batch, 12 for its cast. Over
-    several ranks fsdp sends 8 bytes of a parameter meanwhile.
+    logit; of a parameter 40 for clipping and AdamW, 18 for its gradient in each micro-batch (8 under fsdp), 6 for a
+    cast: once a step where several micro-batches share it, else forward and backward. Over several ranks the casts are
+    fsdp's gathers, which send 8 bytes of a parameter meanwhile.
     """
     (rate, memory, link), (positions, supervised, squares) = GPUS[gpu], (x / ranks for x in step)
     D, ff, head = cfg.hidden_size, cfg.intermediate_size, cfg.vocab_size * cfg.hidden_size * supervised
@@ -213,13 +214,15 @@ def seconds_needed(
     forward, backward = (20 * D + 12 * (q + kv) + 10 * ff, 42 * D + 12 * (q + kv) + 18 * ff)
     moved = cfg.num_hidden_layers * positions * ((1 + recompute) * forward + backward)
     moved += 40 * cfg.vocab_size * supervised
-    moved += parameters * (40 / ranks + 18 * micro_batches + 12 * (micro_batches if ranks > 1 else 1) - 12)
+    casts = 1 if ranks == 1 < micro_batches else 2 * micro_batches
+    moved += parameters * (40 / ranks + (18 if ranks == 1 else 8) * micro_batches + 6 * casts)
     sent = 8 * parameters * micro_batches * (ranks - 1) / ranks
     return max(flops / rate + moved / memory, sent / link)
 
 
 def expected(cfg, llama: LlamaConfig, parameters: int, corpus: Corpus, steps: int, ranks: int) -> str:
-    """The run's time, for the plan; "" where a step is shorter than it takes to start its kernels."""
+    """The run's time, for the plan, without probes; "" where no formula here is the run's: in float32, under ddp, and
+    where a step is shorter than it takes to start its kernels."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     gpu, n = next((gpu for gpu in GPUS if gpu in name), "H100"), corpus.lengths - 1
     totals = n.sum(), corpus.loss_mask.sum(), (n.astype(float) ** 2).sum()
@@ -227,9 +230,11 @@ def expected(cfg, llama: LlamaConfig, parameters: int, corpus: Corpus, steps: in
     micro_batches = math.ceil(step[0] / ranks / cfg.micro_batch_tokens)
     each = seconds_needed(llama, parameters, step, micro_batches, ranks, cfg.checkpoint_activations, gpu)
     minutes = steps * each / 60
+    if each < 0.02 or cfg.dtype != "bfloat16" or cfg.shard == "ddp":
+        return ""
     long = f"{minutes / 60:.1f} hours" if minutes >= 100 else f"{minutes:.0f} minutes" if minutes >= 2 else ""
     number = {1: "one", 2: "two", 4: "four", 8: "eight"}.get(ranks, ranks)
-    return f"about {long or f'{60 * minutes:.0f} seconds'} on {number} {gpu}, by arithmetic" if each > 0.02 else ""
+    return f"about {long or f'{max(2, round(60 * minutes))} seconds'} on {number} {gpu}, by arithmetic"
 
 
 def plan(

@@ -208,9 +208,11 @@ def test_weights_cast_once_give_the_same_bits_with_one_cast_each_and_are_gone_af
         with Casts(), model.cast_once():
             once = gradient()
         assert len(casts) == expected * len(matrices)
-        assert all(map(torch.equal, plain, once)) and not any(
-            getattr(m, "cast", None) is not None for m in model.modules()
-        )
+        assert all(map(torch.equal, plain, once))
+    assert not any(getattr(m, "cast", None) is not None for m in model.modules())
+    with pytest.raises(KeyError), model.cast_once():
+        raise KeyError
+    assert not any(getattr(m, "cast", None) is not None for m in model.modules()), "nor after a step that failed"
 
 
 def test_compiled_blocks_serve_all_row_lengths_and_give_the_plain_numbers(tmp_path, monkeypatch):

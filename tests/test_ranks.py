@@ -44,6 +44,7 @@ MANY = "--batch-size 12 --context 90 --micro-batch-tokens 89"
 MICRO = "--scope micro_batch --micro-batch-tokens 63 --context 64 --data {long}"
 CASES = {  # the same cases on every number of ranks; later flags override BASE's
     "many micro-batches": f"--grouper loss {MANY}",
+    "guesses": MANY,  # of prices, some right and some wrong
     "one sample a step": "--batch-size 1",  # every other rank has only a blank row
     "the other kind of head": "--grouper loss --model {untied}",
     **{f"{name} {lam}": f"--grouper {name} --lam-max {lam}" for name in ("tfidf", "loss") for lam in (0, 1)},
@@ -224,7 +225,7 @@ SPLITS = [(2, "fsdp"), (2, "ddp"), (4, "fsdp")]
 
 def chosen(cases: dict, ranks: int, shard: str) -> list[str]:
     """The cases to run so."""
-    return [*cases][: None if (ranks, shard) == SPLITS[0] else 3]
+    return [*cases][: None if (ranks, shard) == SPLITS[0] else 4]
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +252,13 @@ def test_any_number_of_ranks_gives_the_single_process_run(place, many, ranks, sh
     here, _, cases = place
     for name in chosen(cases, ranks, shard):
         assert_same_run(here / "one" / name, many(ranks) / f"{name}, {shard}", 1e-5)
+
+
+@pytest.mark.parametrize("shard", ["fsdp", "ddp"])
+def test_every_rank_begins_a_step_again_where_the_guess_was_wrong(many, shard):
+    """One that did so alone would wait for the others, so these runs would not have ended."""
+    prices = re.search(rf"/guesses, {shard}, on .*?\nprices  (.*)", (many(2) / "said").read_text(), re.DOTALL)[1]
+    assert "guessed right" in prices and "guessed wrong" in prices
 
 
 # Runs that stop and resume.

@@ -315,9 +315,10 @@ def test_several_micro_batches_get_a_look_first_unless_the_price_is_constant(mod
 
 @pytest.mark.fast
 @pytest.mark.parametrize("case", OBJECTIVES)
-def test_a_guessed_price_right_or_wrong_changes_no_bit_of_the_gradient(model_and_corpus, case):
+@pytest.mark.parametrize("grouper", ["tfidf", "loss"])
+def test_a_guessed_price_right_or_wrong_changes_no_bit_of_the_gradient(model_and_corpus, grouper, case):
     (model, corpus), (chosen, lam, etas), calls = model_and_corpus, OBJECTIVES[case], []
-    prior, label = prior_of("tfidf", corpus), groupers.labeller(groupers.tfidf, etas)
+    prior, label = prior_of(grouper, corpus), groupers.labeller(groupers.GROUPERS[grouper], etas)
     how = {"groups": len(etas) + 1, "weigh": getattr(chosen, "weigh", None)}
     objective = lambda nats, tokens: chosen(nats, tokens, lam)
     sums = train.step(model, cut(corpus, prior, 3), objective, label, **how)
@@ -331,7 +332,7 @@ def test_a_guessed_price_right_or_wrong_changes_no_bit_of_the_gradient(model_and
 
 
 @pytest.mark.fast
-def test_prices_are_guessed_while_at_most_a_third_of_the_last_guesses_was_wrong():
+def test_prices_are_guessed_while_at_most_a_quarter_of_the_last_guesses_was_wrong():
     def steps(objective, means, counts):
         guess = train.Guess()
         for mean, count in zip(means, counts, strict=True):
@@ -1453,7 +1454,7 @@ def test_over_ranks_the_plan_splits_what_fsdp_splits():
     assert eight["activations"] == one["activations"] and one["gathered"] == 0
     assert eight["gathered"] == 2 * (embedding + 3072) and one["logits"] - eight["logits"] == 2 * embedding
     copied = report.memory_needed(cfg, parameters, 4096, 2, several=True, cast_once=True)
-    assert copied == one | {"weights as computed": 2 * parameters}
+    assert copied == one | {"weights as computed": 2 * (parameters - embedding - 3072)}
 
 
 # Real data.
