@@ -26,6 +26,7 @@ FILE = Path(__file__).with_name("lengths.json")
 
 import numpy as np
 
+from bench.memory import SHAPES as PUBLISHED
 from data import END, PROMPT, RESPONSE, Corpus, load_corpus
 from eval.benchmarks import BENCHMARKS
 from eval.score import Encoder
@@ -34,13 +35,12 @@ from published.files import read_json, write_json
 from published.tokenizer import Tokenizer
 
 WINDOW, ROW = 131_072, 65_536  # positions of Llama 3.2, tokens of the scorer's row on a GPU
-LLAMA3 = dict(vocab_size=128_256, num_key_value_heads=8, head_dim=128, max_position_embeddings=131_072)
-SHAPES = {  # Llama-3.2-3B, Llama-3.1-8B, and one to try programs with: what each changes of demo/base's config.json
-    "3b": LLAMA3 | dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24),
-    "8b": LLAMA3 | dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32),
+ROOM = {"max_position_embeddings": WINDOW}
+SHAPES = {  # the published ones, and one to try programs with: what each changes of demo/base's config.json
+    "3b": PUBLISHED["3B"] | ROOM,
+    "8b": PUBLISHED["8B"] | ROOM,
     "tiny": dict(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8),
 }
-SHAPES["8b"]["tie_word_embeddings"] = False
 SHAPES["tiny"] |= {"bos_token_id": 0, "eos_token_id": 1}
 BATCH = {"lima": 64, "alpaca": 32}  # samples of a step, as in the paper's recipes
 DATA = {"lima": "lima/train.jsonl.gz", "alpaca": "alpaca/alpaca_data.json.gz"}

@@ -387,6 +387,28 @@ def test_a_run_with_guessed_prices_is_to_the_bit_the_run_that_probes(
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+def test_a_compiled_run_is_the_plain_one_and_compiles_in_its_first_step_alone(folder, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # inductor's numbers: LOG.md
+    monkeypatch.setattr(Packed, "attend", Packed.attend)  # restored afterwards
+    flags = (
+        "--grouper loss --eta 0.6 --micro-batch-tokens 128 --epochs 3"  # 1 to 3 micro-batches; a probe, then guesses
+    )
+    plain, update, graphs = run(folder, rows, "--out", tmp_path / "plain", flags), train.update, []
+
+    def counted(*args):
+        row = update(*args)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return row
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(train, "update", counted)
+    compiled = run(folder, rows, "--out", tmp_path / "compiled", flags, "--compile")
+    for name in ("loss", "important", "grad_norm"):
+        assert column(metrics(compiled), name) == pytest.approx(column(metrics(plain), name), rel=1e-4)
+    assert graphs[0] > 0 and {*graphs[1:]} == {graphs[0]}, graphs
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_a_token_keeps_the_group_of_the_first_look(model_and_corpus, pieces):
