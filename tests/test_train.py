@@ -358,6 +358,22 @@ def test_prices_are_guessed_while_at_most_a_quarter_of_the_last_guesses_was_wron
 
 
 @pytest.mark.fast
+def test_a_guess_that_is_wrong_on_another_rank_is_wrong(model_and_corpus):
+    (model, corpus), objective, guess, calls = model_and_corpus, partial(sft_go, lam=0.9), train.Guess(), []
+    other = lambda t: t if t.ndim else t + 1  # sums of groups as they are; one more guess that is not right
+    prior, label = prior_of("tfidf", corpus), groupers.labeller(groupers.tfidf, (0.7,))
+    nats, tokens, _ = train.step(model, cut(corpus, prior, 3), objective, label)
+    model.register_forward_hook(lambda *a: calls.append(a))
+    right = train.price(objective, nats, tokens)
+    train.step(model, cut(corpus, prior, 3), objective, label, other, guess=right)
+    assert len(calls) == 6, "the step began again"
+    for _ in range(2):
+        guess.make(objective, tokens)
+        guess.learn(objective, nats, tokens, other)
+    assert guess.steps == {"probed": 1, "guessed wrong": 1}
+
+
+@pytest.mark.fast
 def test_a_group_that_was_empty_is_guessed_by_its_last_mean():
     guess, hard = train.Guess(), partial(sft_go, lam=1.0)
     for nats, tokens in ([4.0, 9.0], [2.0, 3.0]), ([4.0, 0.0], [2.0, 0.0]):
