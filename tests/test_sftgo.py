@@ -388,6 +388,18 @@ def test_bf16_hidden_states_give_fp32_nats_and_an_fp32_gradient_of_an_fp32_weigh
     assert grad.tolist() == [[-300], [300]]
 
 
+GPU = pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: chunks of its size")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_several_chunks_of_the_usual_size_equal_full_float32_logits(device, dtype, tolerance):
+    hidden, *rest = problem(4096 + 700)
+    full = nll_and_gradients(full_nll, hidden.to(dtype).float(), *rest)
+    ours = nll_and_gradients(token_nll, *(x.to(device) for x in (hidden.to(dtype), *rest)))
+    assert all((a.to("cpu") - b).norm() < tolerance * b.norm() for a, b in zip(ours, full))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extreme_logits_stay_finite_and_exact(dtype):
     nll, hidden_grad, weight_grad = nll_and_gradients(

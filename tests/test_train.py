@@ -423,6 +423,36 @@ def test_a_token_keeps_the_group_of_the_first_look(model_and_corpus, pieces):
     assert not any(nll.requires_grad for nll, _ in calls)
 
 
+GPU = pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the step on it")
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_a_step_in_bf16_has_the_gradient_of_float32_but_for_rounding(tiny, tmp_path, device):
+    folder, corpus = tiny_folder(tmp_path, head_dim=16), tiny[1]
+    prior, label = prior_of("tfidf", corpus), groupers.labeller(groupers.tfidf, (0.7,))
+    objective, guess, calls = partial(sft_go, lam=0.9), train.Guess(), []
+
+    def step(device, dtype, prices=None):
+        model = Llama.from_pretrained(folder, compute_dtype=dtype, device=device)
+        model.register_forward_hook(lambda *_: calls.append(device))
+        model.room_to_cast = True
+        rows = [data.pack(corpus, prior, np.tile(np.arange(len(corpus)), n)).to(device) for n in (12, 2, 5)]
+        assert rows[0].loss_mask.sum() > 4096, "more than a GPU's chunk of logits"
+        with model.cast_once():
+            nats, tokens, _ = train.step(model, rows, objective, label, guess=prices)
+        return nats.to("cpu"), tokens.to("cpu"), gradient(model).to("cpu")
+
+    nats, tokens, exact = step("cpu", torch.float32)
+    there = nats.to(device), tokens.to(device)
+    guess.learn(objective, *there)
+    calls.clear()
+    close, counts, rounded = step(device, torch.bfloat16, guess.make(objective, there[1]))
+    assert calls == [device] * 3, "guessed right"
+    assert torch.equal(counts, tokens) and torch.allclose(close, nats, rtol=1e-3)
+    assert (rounded - exact).norm() < 2e-2 * exact.norm()
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize("lam", [0.0, 0.7])
 def test_scope_micro_batch_is_the_token_weighted_mean_of_each_cuts_own_loss(model_and_corpus, lam):
