@@ -387,17 +387,19 @@ def test_a_run_with_guessed_prices_is_to_the_bit_the_run_that_probes(
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_a_compiled_run_is_the_plain_one_and_compiles_in_its_first_step_alone(folder, rows, tmp_path, monkeypatch):
+@pytest.mark.parametrize("more", ["", "--checkpoint-activations"])
+def test_a_compiled_run_is_the_plain_one_and_compiles_in_its_first_step_alone(
+    folder, rows, tmp_path, monkeypatch, capsys, answer, more
+):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # inductor's numbers: LOG.md
     monkeypatch.setattr(Packed, "attend", Packed.attend)  # restored afterwards
-    flags = (
-        "--grouper loss --eta 0.6 --micro-batch-tokens 128 --epochs 3"  # 1 to 3 micro-batches; a probe, then guesses
-    )
-    plain, update, graphs = run(folder, rows, "--out", tmp_path / "plain", flags), train.update, []
+    flags = f"--grouper loss --eta 0.6 --micro-batch-tokens 128 --batch-size 5 {more}"
+    plain, update, seen = run(folder, rows, "--out", tmp_path / "plain", flags), train.update, []
+    graphs = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
     def counted(*args):
         row = update(*args)
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        seen.append((len(args[2]), graphs()))  # micro-batches of the step; a probe, then guesses
         return row
 
     torch._dynamo.reset()
@@ -405,8 +407,11 @@ def test_a_compiled_run_is_the_plain_one_and_compiles_in_its_first_step_alone(fo
     monkeypatch.setattr(train, "update", counted)
     compiled = run(folder, rows, "--out", tmp_path / "compiled", flags, "--compile")
     for name in ("loss", "important", "grad_norm"):
-        assert column(metrics(compiled), name) == pytest.approx(column(metrics(plain), name), rel=1e-4)
-    assert graphs[0] > 0 and {*graphs[1:]} == {graphs[0]}, graphs
+        assert column(metrics(compiled), name) == pytest.approx(column(metrics(plain), name), rel=1e-5)
+    micro_batches, compiled_by_then = zip(*seen)
+    assert micro_batches == (3, 3, 1, 3, 2, 1)
+    assert compiled_by_then[0] > 0 and {*compiled_by_then, graphs()} == {compiled_by_then[0]}, "also after the sample"
+    assert capsys.readouterr().out.count("\nsample  ") == 2
 
 
 @pytest.mark.fast
