@@ -317,15 +317,15 @@ def update(model, optimizer, batches, cfg, method, done: int, total_steps: int, 
         return chosen(nats.clone(), tokens.double().clone(), lam)  # copies: see `sums`
 
     supervised = reduce(torch.stack([batch.loss_mask.sum() for batch in batches]).sum())
-    several, guess = len(batches) > 1, guess or Guess()
-    with model.cast_once() if several else nullcontext():
+    several, guess = len(batches) > 1 and not constant, guess or Guess()
+    with model.cast_once():
         if cfg.scope == "micro_batch":
             nats, tokens, unweighted, loss = micro_batch_step(model, batches, objective, label, reduce, groups, weigh)
         else:
-            first = guess.make(objective, counts) if several and not constant else None
+            first = guess.make(objective, counts) if several else None
             nats, tokens, unweighted = step(model, batches, objective, label, reduce, groups, constant, weigh, first)
             loss = objective(nats, tokens)
-            if several and not constant:
+            if several:
                 guess.learn(objective, nats, tokens, reduce)
     norm = finish_gradients(model, cfg.clip, ranks)
     lr = lr_at(done, total_steps, cfg.lr, cfg.schedule, cfg.warmup_ratio)
