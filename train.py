@@ -107,9 +107,7 @@ class Config:
     dtype: str = opt("bfloat16", "compute type; parameters, gradients and AdamW stay float32", choices=COMPUTE_DTYPES)
 
     shard: str | None = opt(None, "over several ranks: fsdp splits the model (default), ddp copies it", choices=SHARDS)
-    compile: bool = opt(
-        False, "compile the blocks by torch.compile, once for all row lengths; it takes a minute or more"
-    )
+    compile: bool = opt(False, "compile the blocks by torch.compile, for all row lengths; it takes a minute or more")
     checkpoint_activations: bool = opt(False, "keep only each block's input; recompute the block in backward")
     checkpoint_every: int = opt(50, "steps between checkpoints, also at the end and on SIGTERM; 0: none", NOT_NEGATIVE)
     keep: int = opt(2, "checkpoints to keep, the newest", POSITIVE)
