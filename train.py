@@ -328,8 +328,8 @@ def update(model, optimizer, batches, cfg, method, done: int, total_steps: int, 
     norm = finish_gradients(model, cfg.clip, ranks)
     lr = lr_at(done, total_steps, cfg.lr, cfg.schedule, cfg.warmup_ratio)
     row = {"loss": float(loss), **report.group_means(unweighted, tokens), "lam": lam, "lr": lr, "grad_norm": norm}
-    true = partial(price, objective, nats, tokens)
-    if fault := report.fault(row, chosen, nats, tokens, supervised, constant, true, cfg.grouper):
+    prices = partial(price, objective, nats, tokens)
+    if fault := report.fault(row, chosen, nats, tokens, supervised, constant, prices, cfg.grouper):
         saved = f"Not updated, and no model written. Last checkpoint: {checkpoint.newest(cfg.out)}"
         raise everywhere(ValueError(f"step {done + 1}: {fault}. {saved}"))
     for param_group in optimizer.param_groups:
@@ -426,14 +426,14 @@ def train(cfg: Config, objective=None, grouper=None) -> Path | None:
             cfg = replace(cfg, out=str(out))
             if prior is None:
                 prior = scores.with_model(cfg, grouper, corpus, Path(cfg.cache or out / "cache"), ranks)
-            groups = max(ranks.together(lambda: scores.how_many(grouper, prior, corpus.loss_mask, cfg.eta)))
-            group = groups_before(grouper, cfg.eta, corpus, prior, cfg.seed)
+            K = max(ranks.together(lambda: scores.how_many(grouper, prior, corpus.loss_mask, cfg.eta)))
+            groups = groups_before(grouper, cfg.eta, corpus, prior, cfg.seed)
             label = groupers.labeller(grouper, cfg.eta) if getattr(grouper, "in_step", False) else None
-            method = objective, label, groups
+            method = objective, label, K
             model, saved_as = ranks.each(lambda: build(cfg, folder, ranks)), DTYPES[cfg.save_dtype or cfg.dtype]
             model.room_to_cast = room
             checkpoint.finite(model, saved_as, ranks, f"{cfg.model}: as loaded,", "nothing trained. Choose a wider")
-            if not loop(cfg, method, model, corpus, prior, group, ranks):
+            if not loop(cfg, method, model, corpus, prior, groups, ranks):
                 raise SystemExit(143)  # 128 + SIGTERM: not finished, for whoever starts it again
             checkpoint.export(model, tokenizer, corpus.template, saved_as, out, ranks)
             if ranks.rank == 0:

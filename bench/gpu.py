@@ -7,8 +7,9 @@ Beside torch and this checkout it takes pytest and transformers, for a part each
 random in the published layout, tokens are random in the lengths of bench/lengths.json.
 
 A part is a process of its own, with a limit in seconds: neither a fault nor what it leaves in memory reaches the next
-one. Both files are written after each row, so what ends early leaves what it measured. A fault is a row, too; its
-traceback goes to gpu.log. Times are medians, taken after the GPU has finished, without the steps that warm up.
+one. Both files are written after each row, so what ends early leaves what it measured; rows of parts that were not
+asked for stay, so ask on the same card. A fault is a row, too; its traceback goes to gpu.log. Times are medians, taken
+after the GPU has finished, without the steps that warm up.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to look for a GPU starts nothing that a fork would break
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -72,6 +73,7 @@ class Bench:
 
     tiny: bool
     prices: str = ""  # how train.py's last loop knew them
+    fullest: int = 0  # tokens of its largest step
     known: dict[str, float] = field(default_factory=dict)
 
     @cached_property
@@ -105,7 +107,7 @@ class Bench:
         """As train.py builds it, with random weights that are drawn on the device."""
 
         def fill(model: Llama, folder, device, *_) -> Llama:
-            model.to(dtype).to_empty(device=device).tie()
+            lengths.filled(model.to(dtype), folder, device)
             torch.manual_seed(0)
             for p in model.parameters():
                 torch.nn.init.ones_(p) if p.ndim == 1 else torch.nn.init.normal_(p, 0, 0.02)
@@ -146,7 +148,9 @@ class Bench:
             with contextlib.redirect_stdout(io.StringIO()) as said:
                 train.loop(cfg, (objective, None, 2), model, corpus, prior, groups, self.ranks)
             self.prices = "; ".join(line for line in said.getvalue().splitlines() if line.startswith("prices"))
-            return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()][warm:]
+            rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+        self.fullest = max(row["tokens"] for row in rows)
+        return rows[warm:]
 
 
 # The parts, the most important first.
@@ -187,48 +191,45 @@ def step(bench: Bench, label: str, model: Llama, name: str, goal: str = "", step
         useful = 3 * report.forward_flops(model.cfg, *work) / row["seconds"]
         shares.append(100 * useful / 1e12 / bench.known.get(RATE, 700))
         speeds.append(row["tokens_per_second"])
-    longest = max(row["tokens"] for row in rows)
     floor = report.seconds_needed(model.cfg, parameters, work, -(-tokens // most), 1, model.recompute, gpu)
     bench.known[label] = statistics.median(speeds)
-    by = f"micro-batches of {most:,} tokens; {tokens / floor:,.0f} by arithmetic for {gpu}; {bench.prices}"
+    several, positions = bench.fullest > most, min(most, bench.fullest)
+    by = f"micro-batches of up to {positions:,} tokens; {tokens / floor:,.0f} by arithmetic for {gpu}; {bench.prices}"
     yield Row(label, bench.known[label], "tokens/s", note=by)
     yield Row(f"{label}: useful work", statistics.median(shares), "% of the matmul rate", goal)
-    peak, plan = (
-        rows[-1]["peak_memory_bytes"] / 1e9,
-        bench.planned(model, min(most, longest), longest > most, longest > most and model.room_to_cast) / 1e9,
-    )
-    yield Row(
-        f"{label}: peak memory over the plan's", peak / plan, "times", "0.90-1.05", f"{peak:.1f} of {plan:.1f} GB"
-    )
+    plan = bench.planned(model, positions, several, several and model.room_to_cast) / 1e9
+    peak = rows[-1]["peak_memory_bytes"] / 1e9
+    beside = f"{peak:.1f} of {plan:.1f} GB"
+    yield Row(f"{label}: peak memory over the plan's", peak / plan, "times", "0.90-1.05", beside)
 
 
 def lima(bench: Bench) -> Iterator[Row]:
-    model, go, ce = bench.model("3b"), "3B LIMA, SFT-GO", "3B LIMA, cross-entropy"
+    model, go, ce = bench.model("3B"), "3B LIMA, SFT-GO", "3B LIMA, cross-entropy"
     yield from step(bench, go, model, "lima", "55", **GO)
     yield from step(bench, ce, model, "lima", "55", **CE)
     yield Row("3B LIMA: time of SFT-GO over cross-entropy", bench.known[ce] / bench.known[go], "times", "1.03")
 
 
 def compiled(bench: Bench) -> Iterator[Row]:
-    model = bench.model("3b", compile=True)
+    model = bench.model("3B", compile=True)
     yield from step(bench, "3B LIMA, SFT-GO, --compile", model, "lima", "62, stretch 68", compile=True, **GO)
 
 
 def alpaca(bench: Bench) -> Iterator[Row]:
-    yield from step(bench, "3B Alpaca, SFT-GO", bench.model("3b"), "alpaca", **GO)
+    yield from step(bench, "3B Alpaca, SFT-GO", bench.model("3B"), "alpaca", **GO)
 
 
 def one_copy(bench: Bench) -> Iterator[Row]:
     """Without the bf16 copy of the weights that a step of several micro-batches makes where it fits."""
     label = "3B LIMA, SFT-GO, weights cast at each use"
-    yield from step(bench, label, bench.model("3b"), "lima", cast_once=False, **GO)
+    yield from step(bench, label, bench.model("3B"), "lima", cast_once=False, **GO)
 
 
 def large(bench: Bench) -> Iterator[Row]:
     if bench.gpu and bench.memory < 140e9:
         yield Row("8B LIMA, SFT-GO, recomputed", note="needs a card of 140 GB")
         return
-    model = bench.model("8b", checkpoint_activations=True)
+    model = bench.model("8B", checkpoint_activations=True)
     yield from step(bench, "8B LIMA, SFT-GO, recomputed", model, "lima", steps=4, **GO)
 
 
@@ -239,7 +240,7 @@ def transformers(bench: Bench) -> Iterator[Row]:
     """LlamaForCausalLM on the same rows: sdpa, bf16 autocast over float32 weights (as ours), fused AdamW, padded."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    ours, device = bench.model("3b"), bench.ranks.device
+    ours, device = bench.model("3B"), bench.ranks.device
     corpus, settings = bench.corpus("lima", ours), LlamaConfig(**ours.cfg.raw | {"torch_dtype": None})
     with torch.device(device):
         peer = LlamaForCausalLM._from_config(settings, attn_implementation="sdpa", dtype=torch.float32)
@@ -314,7 +315,7 @@ def peer_step(bench: Bench, peer, optimizer, corpus: data.Corpus, samples: np.nd
 
 
 def decoding(bench: Bench) -> Iterator[Row]:
-    model = bench.model("3b", torch.bfloat16)
+    model = bench.model("3B", torch.bfloat16)
     rng, times, size = np.random.default_rng(0), [], (4, 64, 8) if bench.tiny else (64, 500, 512)
     prompts = [
         rng.integers(model.cfg.vocab_size, size=n).tolist() for n in rng.integers(size[1] // 5, size[1], size[0])
@@ -329,7 +330,7 @@ def decoding(bench: Bench) -> Iterator[Row]:
 
 def suite(bench: Bench) -> Iterator[Row]:
     """A sixteenth of each task, its time times what of the task's tokens it is."""
-    model, whole, known = bench.model("3b", torch.bfloat16), 0.0, lengths.lengths()
+    model, whole, known = bench.model("3B", torch.bfloat16), 0.0, lengths.lengths()
     for task in lengths.SUITE:
         pairs = lengths.pairs(task, model.cfg.vocab_size)[: 40 if bench.tiny else None]
         read = sum(row.size for row in lengths.pack(pairs, lengths.WINDOW, lengths.ROW))
@@ -350,21 +351,34 @@ GROUPS = {  # kinds of kernels, by what their names have in them; the first that
 }
 
 
-def profile(bench: Bench) -> Iterator[Row]:
-    """Where a step's time goes: kernels of twelve steps, by their names. The first one probes and begins AdamW."""
-    model = bench.model("3b")
-    bench.train(model, "lima", 1, **GO)
-    with torch.profiler.profile(acc_events=True) as seen:
-        seconds = sum(row["seconds"] for row in bench.train(model, "lima", 12, 0, **GO))
-    found, slowest = dict.fromkeys([*GROUPS, "other"], 0.0), {}
-    for event in seen.key_averages():
-        if getattr(event, "is_user_annotation", False):  # a span of kernels that are there themselves
-            continue
-        micros = event.self_device_time_total if bench.gpu else event.self_cpu_time_total
-        if micros and (str(event.device_type).endswith("CUDA") or not bench.gpu):
-            kind = next((kind for kind, names in GROUPS.items() if re.search(names, event.key, re.I)), "other")
+def by_kind(events, gpu: bool) -> tuple[dict, dict]:
+    """Microseconds of each of GROUPS, and the (microseconds, name) in it; of kernels, where there is no GPU operations.
+
+    A named span of code has a time on the GPU, too: that of the kernels in it, which are counted.
+    """
+    found, names = dict.fromkeys([*GROUPS, "other"], 0.0), {}
+    for event in events:
+        micros = event.self_device_time_total if gpu else event.self_cpu_time_total
+        if micros and not event.is_user_annotation and (str(event.device_type).endswith("CUDA") or not gpu):
+            kind = next((kind for kind, name in GROUPS.items() if re.search(name, event.key, re.I)), "other")
             found[kind] += micros
-            slowest.setdefault(kind, []).append((micros, event.key[:60]))
+            names.setdefault(kind, []).append((micros, event.key[:60]))
+    return found, names
+
+
+def profile(bench: Bench) -> Iterator[Row]:
+    """Where a step's time goes: kernels of three steps, after the ones that warm up."""
+    model, warm, speed = bench.model("3B"), 3, report.speed
+    schedule = torch.profiler.schedule(wait=warm - 1, warmup=1, active=3, repeat=1)
+
+    def timed(*args) -> dict:
+        row = speed(*args)  # the GPU has finished
+        seen.step()
+        return row
+
+    with torch.profiler.profile(schedule=schedule, acc_events=True) as seen, patch.object(report, "speed", timed):
+        seconds = sum(row["seconds"] for row in bench.train(model, "lima", 3, warm, **GO))
+    found, slowest = by_kind(seen.key_averages(), bench.gpu)
     whole = sum(found.values())
     yield Row("3B LIMA, SFT-GO: the GPU is busy", whole / seconds / 1e4, "% of the time", "100")
     for kind, micros in found.items():
@@ -374,21 +388,21 @@ def profile(bench: Bench) -> Iterator[Row]:
 
 PARTS = {  # name: what it runs, the seconds after which it is ended; with a third of them left it still begins
     "checks": (checks, 90),
-    "ceilings": (ceilings, 30),
-    "lima": (lima, 90),
+    "ceilings": (ceilings, 20),
+    "lima": (lima, 75),
     "compiled": (compiled, 120),
     "transformers": (transformers, 90),
+    "8b": (large, 75),
+    "alpaca": (alpaca, 35),
     "decoding": (decoding, 40),
-    "suite": (suite, 50),
-    "alpaca": (alpaca, 30),
-    "8b": (large, 60),
+    "suite": (suite, 60),
     "profile": (profile, 45),
-    "one copy": (one_copy, 30),
+    "one copy": (one_copy, 40),
 }
 
 
 def work(name: str, bench: Bench, out: Path, pipe) -> None:
-    """One part, in a process that leads a group: what it starts ends with it, and Ctrl-C is not for it."""
+    """One part, in a process and a session of its own: Ctrl-C is its parent's, and what it starts ends with it."""
     os.setsid()
     with open(out / "gpu.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         try:
@@ -419,36 +433,56 @@ def measured(name: str, bench: Bench, out: Path, left: float) -> Iterator[Row]:
         if process.exitcode:
             yield Row(name, note=f"its process ended with {process.exitcode}")
     finally:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):  # it has not begun, or all have ended
             os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
+
+
+def shown(row: Row) -> str:
+    return "not measured" if row.value is None else f"{row.value:,.4g} {row.unit}"
 
 
 def table(rows: list[Row]) -> str:
     lines = ["# One GPU", "", "Written by `python bench/gpu.py`.", "", "| part | what | measured | goal | |"]
-    for row in [Row("---", part="---", goal="---", note="---"), *rows]:
-        value = "not measured" if row.value is None else f"{row.value:,.4g} {row.unit}"
-        value = "---" if row.what == "---" else value
-        lines.append(f"| {row.part} | {row.what} | {value} | {row.goal} | {row.note.replace('|', '/')} |")
+    lines.append("| --- | --- | --- | --- | --- |")
+    for row in rows:
+        lines.append(f"| {row.part} | {row.what} | {shown(row)} | {row.goal} | {row.note.replace('|', '/')} |")
     return "\n".join(lines) + "\n"
 
 
+def read(file: Path) -> list[Row]:
+    """The rows of an earlier run, [] of none; ValueError where the file is another's."""
+    try:
+        return [Row(**row) for row in json.loads(file.read_text(encoding="utf-8")) if row["part"] in PARTS]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError) as e:
+        raise ValueError(f"{file}: not a table of this program ({first_line(e)}); move it away") from e
+
+
+def write(rows: list[Row], out: Path) -> None:
+    """The parts in their order, whichever came first."""
+    rows = sorted(rows, key=lambda row: [*PARTS].index(row.part))
+    write_json(out / "gpu.json", [asdict(row) for row in rows])
+    (out / "gpu.md.part").write_text(table(rows), encoding="utf-8")
+    (out / "gpu.md.part").replace(out / "gpu.md")
+
+
 def run(names: list[str], tiny: bool, minutes: float, out: Path) -> None:
-    bench, end, order = Bench(tiny), time.monotonic() + 60 * minutes, [*PARTS]
-    kept = [Row(**row) for row in json.loads((out / "gpu.json").read_text())] if (out / "gpu.json").is_file() else []
-    rows = [row for row in kept if row.part not in names]  # of other parts, run before
+    end, rows = time.monotonic() + 60 * minutes, [row for row in read(out / "gpu.json") if row.part not in names]
+    bench = Bench(tiny, known={row.what: row.value for row in rows if row.value is not None})
+    write(rows, out)
     for name in names:
         began = time.monotonic()
-        for row in measured(name, bench, out, end - began):
-            bench.known |= {row.what: row.value} if row.value is not None else {}
-            if tiny and row.value is not None:
-                row = replace(row, value=None, note="ran on tiny shapes")
-            rows = sorted([*rows, replace(row, part=name)], key=lambda row: order.index(row.part))
-            write_json(out / "gpu.json", [asdict(row) for row in rows])
-            (out / "gpu.md.part").write_text(table(rows), encoding="utf-8")
-            (out / "gpu.md.part").replace(out / "gpu.md")
-            value = "not measured" if row.value is None else f"{row.value:,.4g} {row.unit}"
-            print(f"{name:<14}{row.what:<68}{value:>16}  {row.note}", flush=True)
+        with contextlib.closing(measured(name, bench, out, end - began)) as found:
+            for row in found:
+                bench.known |= {row.what: row.value} if row.value is not None else {}
+                if tiny and row.value is not None:
+                    row = replace(row, value=None, note="ran on tiny shapes")
+                rows.append(replace(row, part=name))
+                write(rows, out)
+                print(f"{name:<14}{row.what:<68}{shown(row):>20}  {row.note}", flush=True)
         print(f"{name:<14}{time.monotonic() - began:.0f} s", flush=True)
 
 
@@ -463,12 +497,15 @@ def main() -> None:
     names = args.parts.split(",")
     if unknown := [name for name in names if name not in PARTS]:
         sys.exit(f"error: --parts {unknown[0]}: expected some of {', '.join(PARTS)}")
-    if not args.out.is_dir() or not os.access(args.out, os.W_OK):
-        sys.exit(f"error: --out {args.out}: no folder that can be written to")
-    if not args.tiny and not torch.cuda.is_available():
-        sys.exit("error: no GPU here; --tiny shows on a CPU that the parts work")
+    if not args.out.is_dir():
+        sys.exit(f"error: --out {args.out}: no such folder; create it first")
+    if not args.tiny and not torch.cuda.device_count():  # which begins no CUDA: the parts are forked
+        sys.exit("error: no GPU here; --tiny shows that the parts work")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(names, args.tiny, args.minutes, args.out)
+    except (OSError, ValueError) as e:
+        sys.exit(f"error: --out {args.out}: {e}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 

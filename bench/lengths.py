@@ -26,22 +26,18 @@ FILE = Path(__file__).with_name("lengths.json")
 
 import numpy as np
 
-from bench.memory import SHAPES as PUBLISHED
+from bench import memory
 from data import END, PROMPT, RESPONSE, Corpus, load_corpus
 from eval.benchmarks import BENCHMARKS
 from eval.score import Encoder
 from eval.sharing import Pair, families, pack, packed
+from model import Llama
 from published.files import read_json, write_json
 from published.tokenizer import Tokenizer
 
 WINDOW, ROW = 131_072, 65_536  # positions of Llama 3.2, tokens of the scorer's row on a GPU
-ROOM = {"max_position_embeddings": WINDOW}
-SHAPES = {  # the published ones, and one to try programs with: what each changes of demo/base's config.json
-    "3b": PUBLISHED["3B"] | ROOM,
-    "8b": PUBLISHED["8B"] | ROOM,
-    "tiny": dict(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8),
-}
-SHAPES["tiny"] |= {"bos_token_id": 0, "eos_token_id": 1}
+TINY = dict(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8)  # to try programs
+SHAPES = memory.SHAPES | {"tiny": TINY | {"bos_token_id": 0, "eos_token_id": 1}}  # changes of demo/base's config.json
 BATCH = {"lima": 64, "alpaca": 32}  # samples of a step, as in the paper's recipes
 DATA = {"lima": "lima/train.jsonl.gz", "alpaca": "alpaca/alpaca_data.json.gz"}
 SUITE = ("mmlu", "mmlu_5shot", "mathqa", "arc_challenge", "openbookqa", "hellaswag", "truthfulqa_mc")
@@ -49,8 +45,16 @@ SUITE = ("mmlu", "mmlu_5shot", "mathqa", "arc_challenge", "openbookqa", "hellasw
 
 def folder_of(folder: Path, shape: str, **changes) -> Path:
     """Write a config.json of this shape there."""
-    write_json(folder / "config.json", read_json(ROOT / "demo" / "base" / "config.json") | SHAPES[shape] | changes)
+    base = read_json(ROOT / "demo" / "base" / "config.json") | {"max_position_embeddings": WINDOW}
+    write_json(folder / "config.json", base | SHAPES[shape] | changes)
     return folder
+
+
+def filled(model: Llama, folder, device, *_) -> Llama:
+    """`Llama.fill` without weights: memory, and whatever numbers are in it."""
+    model.to_empty(device=device)
+    model.tie()
+    return model
 
 
 def lengths() -> dict:
@@ -116,14 +120,6 @@ def write() -> None:
     FILE.write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
 
 
-def main() -> None:
-    about = "Write lengths.json anew, from the data sets in SFTGO_SHARED; it takes minutes."
-    argparse.ArgumentParser(description=about, allow_abbrev=False).parse_args()
-    try:
-        write()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-
-
 if __name__ == "__main__":
-    main()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    write()

@@ -1,7 +1,7 @@
 """Where a training step's time would go on a GPU that nobody has at hand, from its operations alone.
 
     python bench/roofline.py                                         3B on LIMA, one H100
-    python bench/roofline.py --model 8b --ranks 8 --recompute --gpu H200
+    python bench/roofline.py --model 8B --ranks 8 --recompute --gpu H200
 
 train.py's own step runs on tensors that have a shape and no memory (bench/fake_gpu.py). An operation takes the longer
 of its FLOPs over the GPU's matmul rate and its bytes over the memory's; a view takes nothing. Layers are alike: two
@@ -29,6 +29,7 @@ from torch.utils.flop_counter import flop_registry
 import data
 import train
 from bench import lengths
+from bench.memory import SHAPES
 from model import Llama
 from support import report
 from support.named import named
@@ -62,11 +63,7 @@ def record(shape: str, name: str, layers: int, ranks: int, recompute: bool, most
     """The operations of one rank's second step, and facts of it."""
     from bench.fake_gpu import FakeGPU
 
-    def fill(model: Llama, folder, device, *_) -> Llama:
-        model.to_empty(device=device).tie()
-        return model
-
-    with tempfile.TemporaryDirectory() as folder, FakeGPU(ranks) as gpu, patch.object(Llama, "fill", fill):
+    with tempfile.TemporaryDirectory() as folder, FakeGPU(ranks) as gpu, patch.object(Llama, "fill", lengths.filled):
         norm, silu = one_kernel(gpu, "rms_norm"), one_kernel(gpu, "silu")
         functions = {"rms_norm": lambda x, shape, weight, eps: norm(x, weight), "silu": silu}
         with patch.multiple(torch.nn.functional, **functions):
@@ -74,7 +71,7 @@ def record(shape: str, name: str, layers: int, ranks: int, recompute: bool, most
             how = {"shard": "fsdp" if ranks > 1 else None, "checkpoint_activations": recompute}
             cfg = train.Config(model=folder, data="-", micro_batch_tokens=most, context=min(4096, most), **how)
             model = train.build(cfg, lengths.folder_of(Path(folder), shape, num_hidden_layers=layers), place)
-            corpus = lengths.corpus(name, model.cfg.vocab_size, cfg.context)
+            corpus = lengths.corpus(name, model.cfg.vocab_size, min(4096, most))
             samples = data.epoch_order(len(corpus), lengths.BATCH[name], 0, 0)[0]
             prior = np.zeros(len(corpus.ids), np.int64)
             batches = data.micro_batches(corpus, prior, samples, most, 0, ranks, prior)
@@ -88,13 +85,11 @@ def record(shape: str, name: str, layers: int, ranks: int, recompute: bool, most
                 )
                 train.update(model, optimizer, batch, cfg, method, done, 9, place)
     rows = [batch.layout.lengths for batch in batches]
-    squares = {tokens: [sum(n * n for n in row) for row in rows if sum(row) == tokens] for tokens in map(sum, rows)}
-    squares = {tokens: sum(found) / len(found) for tokens, found in squares.items()}  # of rows as long as each other
+    squares = [sum(n * n for n in row) for row in rows]
     supervised = sum(int(batch.loss_mask.sum()) for batch in batches)
     shapes = {tuple(p.shape) for p in model.parameters() if p.ndim == 2}
-    return list(gpu.ops), SimpleNamespace(
-        squares=squares, supervised=supervised, shapes=shapes, cfg=model.cfg, rows=rows
-    )
+    facts = dict(squares=squares, supervised=supervised, shapes=shapes, cfg=model.cfg, rows=rows)
+    return [op for op in gpu.ops if op.name != "synchronize"], SimpleNamespace(**facts)
 
 
 @cache
@@ -120,8 +115,8 @@ def kind_of(op, step: SimpleNamespace) -> str:
     return "loss" if any(s[-1:] == (step.cfg.vocab_size,) for s in shapes) else "norms, rotary, elementwise"
 
 
-def seconds(op, kind: str, step: SimpleNamespace, ranks: int, gpu: str) -> float:
-    """The longer of an operation's FLOPs and its bytes, over the GPU's rates."""
+def seconds(op, kind: str, squares: int, ranks: int, gpu: str) -> float:
+    """The longer of an operation's FLOPs and its bytes, over the GPU's rates; `squares` of its documents' lengths."""
     rate, memory, link = report.GPUS[gpu]
     torch_op, name, flops = packet(op.name), op.name.split(".")[1], 0
     returns = torch_op._schema.returns if torch_op else []
@@ -131,8 +126,8 @@ def seconds(op, kind: str, step: SimpleNamespace, ranks: int, gpu: str) -> float
     if kind == "collectives":
         return max(t.bytes for t in op.inputs + op.outputs) * (ranks - 1) / ranks / link
     if kind == "attention":
-        tokens, heads, width = op.inputs[0].shape
-        flops = 2 * heads * width * step.squares[tokens] * (2.5 if "backward" in name else 1)
+        _, heads, width = op.inputs[0].shape
+        flops = 2 * heads * width * squares * (2.5 if "backward" in name else 1)
     elif kind == "matmul":
         flops = flop_registry[torch_op.overloadpacket](*(t.shape for t in op.inputs[:2]), out_val=op.outputs[0].shape)
     elif name in SPARSE:
@@ -146,15 +141,13 @@ def roofline(shape: str, name="lima", ranks=1, recompute=False, most=8192, gpu="
     for depth in (1, 2):
         ops, step = record(shape, name, depth, ranks, recompute, most)
         found[depth] = dict.fromkeys(KINDS, 0.0)
-        for op in ops:
-            if op.name != "synchronize":
-                kind = kind_of(op, step)
-                found[depth][kind] += seconds(op, kind, step, ranks, gpu)
+        kinds = [kind_of(op, step) for op in ops]
+        attended = iter(np.repeat(step.squares, kinds.count("attention") // len(step.squares)))  # row after row
+        for op, kind in zip(ops, kinds):
+            found[depth][kind] += seconds(op, kind, next(attended) if kind == "attention" else 0, ranks, gpu)
     by_kind = {kind: found[1][kind] + (layers - 1) * (found[2][kind] - found[1][kind]) for kind in KINDS}
     step.cfg = SimpleNamespace(**vars(step.cfg) | {"num_hidden_layers": layers})
-    flops = 3 * report.forward_flops(
-        step.cfg, sum(map(sum, step.rows)), step.supervised, sum(n * n for row in step.rows for n in row)
-    )
+    flops = 3 * report.forward_flops(step.cfg, sum(map(sum, step.rows)), step.supervised, sum(step.squares))
     return by_kind, flops / report.GPUS[gpu][0]
 
 
@@ -166,15 +159,16 @@ def longest(by_kind: dict[str, float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     flag = parser.add_argument
-    flag("--model", choices=("3b", "8b"), default="3b", help="shape (default: 3b)")
+    flag("--model", type=str.upper, choices=(*SHAPES,), default="3B", help="shape (default: 3B)")
     flag("--data", choices=(*lengths.BATCH,), default="lima", help="lengths of the documents (default: lima)")
     flag("--ranks", type=int, default=1, help="GPUs, under fsdp (default: 1)")
     flag("--gpu", choices=(*report.GPUS,), default="H100", help="(default: H100)")
     flag("--micro-batch-tokens", type=int, default=8192, metavar="N", help="as train.py's (default: 8192)")
     flag("--recompute", action="store_true", help="as train.py's --checkpoint-activations")
     args = parser.parse_args()
-    if args.ranks < 1 or args.micro_batch_tokens < 64:
-        parser.error("expected --ranks of 1 or above and --micro-batch-tokens of 64 or above")
+    for name, least in (("--ranks", 1), ("--micro-batch-tokens", 2)):  # a token to read, one to say
+        if (given := getattr(args, name[2:].replace("-", "_"))) < least:
+            sys.exit(f"error: {name} {given}: expected {least} or more")
     by_kind, useful = roofline(args.model, args.data, args.ranks, args.recompute, args.micro_batch_tokens, args.gpu)
     step = longest(by_kind)
     print(f"{args.model} on {args.data}, {args.ranks} × {args.gpu}: a step of {step:.3f} s; {useful / step:.0%} useful")

@@ -202,9 +202,10 @@ def seconds_needed(
 
     Matmuls run forward, and twice as long backward; attention 2.5 times. The head makes its logits again, and with
     `recompute` the layers all of theirs. Bytes: what norms, rotation, silu and sums of a layer read and write, 40 for a
-    logit; of a parameter 40 for clipping and AdamW, 18 for its gradient in each micro-batch (8 under fsdp), 6 for a
-    cast: once a step where several micro-batches share it, else forward and backward. Over several ranks the casts are
-    fsdp's gathers, which send 8 bytes of a parameter meanwhile.
+    logit; of a parameter 40 for clipping and AdamW, 6 to make its gradient float32 in each micro-batch, 12 to add it to
+    those before, 6 for a cast of the weight: once a step where one GPU has several micro-batches (`Llama.cast_once`),
+    else forward and backward in each. Over several ranks fsdp sends 8 bytes of a parameter a micro-batch meanwhile. The
+    forward passes of a probe are not in it: prices are constant, or guessed right.
     """
     (rate, memory, link), (positions, supervised, squares) = GPUS[gpu], (x / ranks for x in step)
     D, ff, head = cfg.hidden_size, cfg.intermediate_size, cfg.vocab_size * cfg.hidden_size * supervised
@@ -214,27 +215,30 @@ def seconds_needed(
     forward, backward = (20 * D + 12 * (q + kv) + 10 * ff, 42 * D + 12 * (q + kv) + 18 * ff)
     moved = cfg.num_hidden_layers * positions * ((1 + recompute) * forward + backward)
     moved += 40 * cfg.vocab_size * supervised
-    casts = 1 if ranks == 1 < micro_batches else 2 * micro_batches
-    moved += parameters * (40 / ranks + (18 if ranks == 1 else 8) * micro_batches + 6 * casts)
+    casts = 1 if ranks == 1 and micro_batches > 1 else 2 * micro_batches
+    moved += parameters * (40 / ranks + 6 * micro_batches + 12 * (micro_batches - 1) + 6 * casts)
     sent = 8 * parameters * micro_batches * (ranks - 1) / ranks
     return max(flops / rate + moved / memory, sent / link)
 
 
 def expected(cfg, llama: LlamaConfig, parameters: int, corpus: Corpus, steps: int, ranks: int) -> str:
-    """The run's time, for the plan, without probes; "" where no formula here is the run's: in float32, under ddp, and
-    where a step is shorter than it takes to start its kernels."""
+    """The run's time, for the plan; "" where `seconds_needed` does not know it.
+
+    It does not know float32, nor ddp, nor a step that is shorter than it takes to start its kernels.
+    """
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     gpu, n = next((gpu for gpu in GPUS if gpu in name), "H100"), corpus.lengths - 1
     totals = n.sum(), corpus.loss_mask.sum(), (n.astype(float) ** 2).sum()
     step = [min(1, cfg.batch_size / len(corpus)) * float(total) for total in totals]
     micro_batches = math.ceil(step[0] / ranks / cfg.micro_batch_tokens)
     each = seconds_needed(llama, parameters, step, micro_batches, ranks, cfg.checkpoint_activations, gpu)
-    minutes = steps * each / 60
-    if each < 0.02 or cfg.dtype != "bfloat16" or cfg.shard == "ddp":
+    if each <= 0.02 or cfg.dtype != "bfloat16" or (ranks > 1 and cfg.shard != "fsdp"):
         return ""
-    long = f"{minutes / 60:.1f} hours" if minutes >= 100 else f"{minutes:.0f} minutes" if minutes >= 2 else ""
+    s = steps * each
+    long = f"about {s / 3600:.1f} hours" if s >= 6000 else f"about {s / 60:.0f} minutes" if s >= 120 else ""
+    long = long or (f"about {s:.0f} seconds" if s >= 2 else "under two seconds")
     number = {1: "one", 2: "two", 4: "four", 8: "eight"}.get(ranks, ranks)
-    return f"about {long or f'{max(2, round(60 * minutes))} seconds'} on {number} {gpu}, by arithmetic"
+    return f"{long} on {number} {gpu}, by arithmetic"
 
 
 def plan(

@@ -89,6 +89,36 @@ def test_our_own_side_needs_no_extra(tmp_path):
     assert ours["tokens_per_second"][0] > 0 and f"{ours['loss']:.4f}" in ended.stdout
 
 
+BENCHES = sorted(file for file in PEERS.parent.glob("*.py") if "__main__" in file.read_text(encoding="utf-8"))
+HELP = f"""
+import contextlib, io, json, runpy, sys
+sys.modules |= dict.fromkeys({(*EXTRAS, "lm_eval", "matplotlib", "nltk")})
+ended = {{}}
+for file in sys.argv[1:]:
+    sys.argv = [file, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            code = runpy.run_path(file, run_name="__main__") and "it went on"
+        except BaseException as e:
+            code = e.code if isinstance(e, SystemExit) else repr(e)
+    ended[file] = [code, said.getvalue()]
+print(json.dumps(ended))
+"""
+
+
+@pytest.fixture(scope="module")
+def helps():
+    """File -> [exit status, what it said], of all of them in one process."""
+    ran = subprocess.run([sys.executable, "-c", HELP, *map(str, BENCHES)], capture_output=True, text=True)
+    return json.loads(ran.stdout)
+
+
+@pytest.mark.parametrize("file", BENCHES, ids=lambda file: file.name)
+def test_help_needs_no_extra(helps, file):
+    status, said = helps[str(file)]
+    assert status == 0 and said.startswith(f"usage: {file.name} [-h]"), status
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [
@@ -123,7 +153,9 @@ def test_the_objectives_take_turns(peers, corpus, monkeypatch, capsys):
     monkeypatch.setattr(peers, "now", lambda: at[0])
     found = peers.objectives(BASE, corpus, 3, 2)
     assert found["ratios"] == [1.5] * 3 and found["interval"] == [1.5, 1.5]
-    assert sum(n for n, _ in found["prices"].values()) == 3 and {ratio for _, ratio in found["prices"].values()} == {1.5}
+    assert sum(n for n, _ in found["prices"].values()) == 3 and {ratio for _, ratio in found["prices"].values()} == {
+        1.5
+    }
     assert "1.500 × cross-entropy, 95 % 1.500 to 1.500" in capsys.readouterr().out
     pairs = np.array(seen, dtype=object).reshape(-1, 2, 3)
     assert all(

@@ -25,6 +25,7 @@ from torch.nn.attention.varlen import varlen_attn  # noqa: F401, a torch without
 
 import train
 from bench.fake_gpu import FakeGPU, Op, Seen, seen
+from bench.lengths import filled
 from bench.memory import SHAPES
 from eval.generate import room_for
 from eval.score import log_likelihoods
@@ -55,13 +56,6 @@ class FirstOfRanks(Ranks):
 
     def __exit__(self, *_):
         pass
-
-
-def filled(model, folder, device, seed, part):
-    """`Llama.fill` without drawing three billion numbers."""
-    model.to_empty(device=device)
-    model.tie()
-    return model
 
 
 def in_thirds(corpus, seed):

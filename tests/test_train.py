@@ -313,7 +313,6 @@ def test_several_micro_batches_get_a_look_first_unless_the_price_is_constant(mod
     assert calls == runs
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("case", OBJECTIVES)
 @pytest.mark.parametrize("grouper", ["tfidf", "loss"])
 def test_a_guessed_price_right_or_wrong_changes_no_bit_of_the_gradient(model_and_corpus, grouper, case):
